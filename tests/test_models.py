@@ -1,0 +1,161 @@
+"""What every model file promises. A new model file is picked up by its training banner."""
+import ast
+import math
+
+import pytest
+import torch
+from conftest import BANNER, MODEL_FILES, ROOT, load
+
+each_model = pytest.mark.parametrize("name", MODEL_FILES)
+
+
+def small(name, seed=0, **kwargs):
+    """A small network with weights large enough that every token matters."""
+    torch.manual_seed(seed)
+    module = load(name)
+    model = module.Model(module.Config(**{"vocab_size": 50, "block_size": 128, "n_embd": 48, "n_head": 6, **kwargs}))
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.dim() >= 2:
+                p.normal_(std=0.2)
+    return model.eval()
+
+
+@each_model
+def test_training_section_is_the_same_in_every_file(name):
+    first, this = ((ROOT / f"{n}.py").read_text(encoding="utf-8").partition(BANNER)[2] for n in (MODEL_FILES[0], name))
+    assert this == first and this.rstrip().endswith("main()")
+
+
+@each_model
+def test_imports_torch_numpy_and_the_standard_library_alone(name):
+    import sys
+
+    tree = ast.parse((ROOT / f"{name}.py").read_text(encoding="utf-8"))
+    roots = {a.name.split(".")[0] for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
+    roots |= {n.module.split(".")[0] for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
+    assert roots <= set(sys.stdlib_module_names) | {"torch", "numpy"}
+
+
+@each_model
+def test_config_has_what_every_config_has(name):
+    cfg = load(name).Config()
+    for field in "vocab_size block_size n_embd n_head dropout data device dtype compile seed max_steps batch_size".split():
+        assert hasattr(cfg, field)
+    for field in "micro_batch eval_interval log_interval learning_rate".split():
+        assert hasattr(cfg, field)
+    assert cfg.out == f"out/{name}"
+    for preset in load(name).PRESETS.values():
+        load(name).Config(**preset)
+
+
+@each_model
+def test_shapes(name):
+    model = small(name)
+    idx = torch.randint(50, (2, 128))
+    assert model(idx).shape[:2] == (2, 128)
+    loss = model(idx, idx)
+    assert loss.shape == () and loss.item() > 0
+    cache = model.new_cache(2)
+    assert model(idx[:, :64], cache=cache).shape[:2] == (2, model.ahead) and cache.length == 64
+
+
+@each_model
+def test_no_logit_depends_on_a_token_at_or_after_the_one_it_predicts(name):
+    model = small(name)
+    idx = torch.randint(50, (1, 128))
+    before = model(idx)
+    for t in range(128):
+        changed = idx.clone()
+        changed[0, t] = (changed[0, t] + 1 + torch.randint(48, ())) % 50
+        moved = (model(changed) - before).abs().amax(-1)[0]  # (T)
+        blind = max(0, t + 1 - model.ahead)  # rows that score token t or an earlier one
+        assert (moved[:blind] < 1e-5).all(), f"token {t} is seen too early"
+        assert moved.max() > 1e-3, f"token {t} is never seen"
+
+
+@each_model
+def test_no_loss_below_ln_v_on_tokens_that_nothing_predicts(name):
+    """On i.i.d. uniform tokens the best honest loss is ln V; lower means that the answer is in the input."""
+    module = load(name)
+    torch.manual_seed(0)
+    cfg = module.Config(vocab_size=4, block_size=64, n_embd=48, n_head=6, learning_rate=1e-3)
+    model = module.Model(cfg)
+    optimizer = module.configure_optimizer(model, cfg)
+    for group in optimizer.param_groups:
+        group["lr"] = 1e-3
+    tokens = torch.randint(4, (101, 16, 64 + model.ahead))
+    for rows in tokens[:100]:
+        model(rows[:, : -model.ahead], rows[:, model.ahead :]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    rows = torch.randint(4, (64, 64 + model.ahead))
+    model.eval()
+    with torch.no_grad():
+        loss = model(rows[:, : -model.ahead], rows[:, model.ahead :]).item()
+    assert abs(loss - math.log(4)) < 0.02
+
+
+@each_model
+def test_cached_equals_uncached_however_the_text_is_cut(name):
+    model = small(name)
+    idx = torch.randint(50, (2, 128))
+    with torch.no_grad():
+        plain = model(idx)
+        for step in (1, 3, 64, 128):
+            cache = model.new_cache(2)
+            for t in range(0, 128, step):
+                logits = model(idx[:, t : t + step], cache=cache)
+                end = min(t + step, 128)
+                if model.ahead == 1 or end % model.ahead == 0:
+                    assert torch.allclose(logits, plain[:, end - model.ahead : end], atol=1e-4)
+
+
+@each_model
+def test_cache_rows_can_be_kept_repeated_and_reordered(name):
+    model = small(name)
+    idx = torch.randint(50, (3, 128))
+    with torch.no_grad():
+        for rows in ([2, 0, 1], [1], [0, 0, 2, 2, 1]):
+            cache = model.new_cache(3)
+            model(idx[:, :64], cache=cache)
+            cache.select(rows)
+            logits = model(idx[rows, 64:], cache=cache)
+            assert torch.allclose(logits, model(idx[rows])[:, -model.ahead :], atol=1e-4)
+
+
+@each_model
+def test_overfits_one_batch(name):
+    """Twenty steps on the same few sequences must bring the loss far down."""
+    module = load(name)
+    torch.manual_seed(0)
+    cfg = module.Config(vocab_size=50, block_size=64, n_embd=48, n_head=6)
+    model = module.Model(cfg)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    rows = torch.randint(50, (2, 64 + model.ahead))
+    losses = []
+    for _ in range(40):
+        loss = model(rows[:, : -model.ahead], rows[:, model.ahead :])
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[0] > 3.5 and losses[-1] < 1.0
+
+
+@each_model
+def test_every_weight_gets_a_gradient_and_is_in_the_optimizer_once(name):
+    model = small(name)
+    idx = torch.randint(50, (2, 128))
+    model(idx, idx).backward()
+    assert [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
+    groups = load(name).configure_optimizer(model, load(name).Config()).param_groups
+    held = [id(p) for group in groups for p in group["params"]]
+    assert sorted(held) == sorted(id(p) for p in model.parameters() if p.requires_grad)
+
+
+@each_model
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_cuda_gives_the_losses_of_the_cpu(name):
+    model, idx = small(name), torch.randint(50, (2, 128))
+    assert abs(model(idx, idx).item() - model.cuda()(idx.cuda(), idx.cuda()).item()) < 1e-3
