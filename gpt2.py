@@ -19,7 +19,9 @@ Radford et al. 2018. Weights carry OpenAI's names, so that theirs load here one 
 
 The other model files differ from this one in the network and in the three functions that follow it. Diff them.
 """
+
 import argparse
+import ctypes
 import inspect
 import json
 import math
@@ -28,6 +30,7 @@ import re
 import signal
 import sys
 import time
+import zipfile
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -237,8 +240,8 @@ class LinearCrossEntropy(torch.autograd.Function):
     matrix of a small model, and only a chunk of them ever exists. d loss / d logits = softmax - target."""
 
     @staticmethod
-    def forward(ctx, x, weight, targets, vocab_size, smoothing):
-        kind, training = x.device.type, any(ctx.needs_input_grad)
+    def forward(ctx, x, weight, targets, vocab_size, smoothing, training):
+        kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         loss, dx = x.new_zeros((), dtype=torch.float32), torch.empty_like(x) if training else None
         w, dw = weight.to(dtype), torch.zeros_like(weight) if training else None
@@ -246,7 +249,8 @@ class LinearCrossEntropy(torch.autograd.Function):
         rows = max(128, 2 ** (20 if kind == "cpu" else 27) // len(w))  # 4 MB of logits stay in a CPU's cache
         with torch.autocast(kind, enabled=False):
             for i in range(0, len(x), rows):
-                x_i, s_i, t_i = x[i : i + rows].to(dtype), share[i : i + rows, None], targets[i : i + rows, None].clamp(min=0)
+                part = slice(i, i + rows)
+                x_i, s_i, t_i = x[part].to(dtype), share[part, None], targets[part, None].clamp(min=0)
                 logits = (x_i @ w.T).float()  # (rows, V)
                 logits[:, vocab_size:] = -math.inf  # padding is no token
                 logp = logits.log_softmax(-1)
@@ -258,7 +262,7 @@ class LinearCrossEntropy(torch.autograd.Function):
                     d = logp.exp_().to(dtype).scatter_add_(1, t_i, x_i.new_full(t_i.shape, smoothing - 1))
                     if smoothing:
                         d[:, :vocab_size] -= smoothing / vocab_size
-                    dx[i : i + rows] = d @ w * s_i
+                    dx[part] = d @ w * s_i
                     scaled = (x_i * s_i).to(dtype)
                     dw.addmm_(d.T, scaled) if dtype == dw.dtype else dw.add_(d.T @ scaled)
         ctx.save_for_backward(dx, dw)
@@ -267,13 +271,14 @@ class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         dx, dw = ctx.saved_tensors
-        return dx * grad, dw * grad, None, None, None
+        return dx * grad, dw * grad, None, None, None, None
 
 
 def linear_cross_entropy(x, weight, targets, vocab_size, smoothing=0.0):
     """Mean cross-entropy, in nats, of the logits x @ weight.T. x (B, T, C), weight (V, C), targets (B, T), -1 where a
     position does not count. Ids from vocab_size on are padding. smoothing: probability spread evenly over all ids."""
-    return LinearCrossEntropy.apply(x.flatten(0, 1), weight, targets.flatten(), vocab_size, smoothing)
+    training = torch.is_grad_enabled()
+    return LinearCrossEntropy.apply(x.flatten(0, 1), weight, targets.flatten(), vocab_size, smoothing, training)
 
 
 def windows(tokens, starts, length, eot):
@@ -285,8 +290,9 @@ def windows(tokens, starts, length, eot):
 def batch(tokens, cfg, ahead, step, rank, world):
     """This rank's rows of the batch of a step, idx and targets, (rows, block_size) each. A pure function of seed and
     step: whoever resumes, or shares the work among more devices, sees the same data."""
-    starts = np.random.default_rng([cfg.seed, step]).integers(len(tokens) - cfg.block_size - ahead + 1, size=cfg.batch_size)
-    rows = windows(tokens, starts[rank::world], cfg.block_size + ahead, 0)
+    length = cfg.block_size + ahead
+    starts = np.random.default_rng([cfg.seed, step]).integers(len(tokens) - length + 1, size=cfg.batch_size)
+    rows = windows(tokens, starts[rank::world], length, 0)
     return rows[:, :-ahead], rows[:, ahead:]
 
 
@@ -313,6 +319,10 @@ def evaluate(model, tokens, eot, cfg, ahead, amp, limit=None, stride=None, rank=
         total = total.to(device)
         dist.all_reduce(total)
     return total.item() / n
+
+
+def perplexity(nats):
+    return math.exp(min(nats, 700))  # e**700 is about what a float holds
 
 
 def open_data(folder):
@@ -344,7 +354,7 @@ def open_data(folder):
 
 
 def write_whole(path, write):
-    """write(file) to a temporary file, then to disk, then under its name: whatever stood there stays whole until then."""
+    """Has write(file) fill a temporary file, then gives it its name: what stood there stays whole until then."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -359,6 +369,8 @@ def write_whole(path, write):
 def read_checkpoint(path):
     """The dict that one of the model files saved; nothing in it is executed. Exits with one line if it is not one."""
     try:
+        if not zipfile.is_zipfile(path) and Path(path).is_file():
+            raise ValueError("torch.save writes zip files")
         ckpt = torch.load(path, map_location="cpu", weights_only=True)
         missing = {"model_file", "config", "tokenizer", "model", "optimizer", "step"} - set(ckpt)
     except FileNotFoundError:
@@ -379,7 +391,8 @@ def open_log(path, step):
 
     def append(*cells):
         with open(path, "a", encoding="utf-8", newline="") as file:
-            file.write(",".join("" if c is None else f"{c:.9g}" if isinstance(c, float) else str(c) for c in cells) + "\n")
+            text = ("" if c is None else f"{c:.9g}" if isinstance(c, float) else str(c) for c in cells)
+            file.write(",".join(text) + "\n")
 
     return append
 
@@ -392,13 +405,17 @@ def choose_device(cfg, local_rank):
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as e:
         sys.exit(f"--device {cfg.device}: not to be had here ({str(e).splitlines()[0]}). Try --device cpu")
-    cpuinfo, bf16 = Path("/proc/cpuinfo"), False
+    bf16 = False
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32 for what stays float32
         bf16 = torch.cuda.get_device_capability() >= (8, 0)
-    elif device.type == "cpu" and cpuinfo.exists():  # Linux
-        bf16 = re.search("amx_bf16|avx512_bf16", cpuinfo.read_text()) is not None
+    elif device.type == "cpu" and sys.platform == "linux":
+        bf16 = re.search("amx_bf16|avx512_bf16", Path("/proc/cpuinfo").read_text(encoding="utf-8")) is not None
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "mallopt"):  # else glibc gives freed memory back, and the kernel zeroes it at every step
+            libc.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD: blocks of up to 32 MB come from the heap,
+            libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: which keeps up to 2 GB of them
     return device, getattr(torch, cfg.dtype if cfg.dtype != "auto" else "bfloat16" if bf16 else "float32")
 
 
@@ -450,7 +467,8 @@ def parse(argv):
         own = {"out", "device", "compile"} if options.resume or options.eval_only else set(names) - set(network)
         inherited = {k: ckpt["config"][k] for k in names if k not in own}
     cfg = Config(**{**inherited, **given})
-    for k in ("block_size", "n_embd", "n_head", "batch_size", "micro_batch", "eval_interval", "eval_tokens", "log_interval"):
+    positive = "block_size n_embd n_head batch_size micro_batch eval_interval eval_tokens log_interval"
+    for k in positive.split():
         if getattr(cfg, k) < 1:
             parser.error(f"--{k.replace('_', '-')} {getattr(cfg, k)} is less than 1")
     if cfg.dtype not in ("auto", "float32", "bfloat16"):
@@ -461,26 +479,30 @@ def parse(argv):
 
 
 def train(cfg, options, ckpt, rank, world, local_rank):
-    say = print if rank == 0 else lambda *args: None
+    """Trains, resumes or evaluates, as the command line says. One of these runs in each of `world` processes."""
     out, name = Path(cfg.out), Path(__file__).name
-    if not (options.resume or options.eval_only) and any((out / file).exists() for file in ("ckpt.pt", "log.csv")):
+    say = print if rank == 0 else lambda *args: None
+    if not (options.resume or options.eval_only) and any((out / f).exists() for f in ("ckpt.pt", "log.csv")):
         sys.exit(f"{out} holds a run already: --resume goes on with it, --out FOLDER starts another")
     device, dtype = choose_device(cfg, local_rank)
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+
+    # The data, and a network for it.
     meta, tokenizer, splits = open_data(cfg.data)
     if ckpt is None:
         cfg.vocab_size = getattr(options, "vocab_size", meta["vocab_size"])
         if cfg.vocab_size < meta["vocab_size"]:
             sys.exit(f"--vocab-size {cfg.vocab_size}: {cfg.data} has {meta['vocab_size']} ids")
     elif ckpt["tokenizer"] != tokenizer:
-        sys.exit(f"--data {cfg.data} ({tokenizer['name']}) has other ids than the checkpoint ({ckpt['tokenizer']['name']})")
+        theirs = ckpt["tokenizer"]["name"]
+        sys.exit(f"--data {cfg.data} ({tokenizer['name']}) has other ids than the checkpoint ({theirs})")
     torch.manual_seed(cfg.seed)
     try:
         model = Model(cfg)
         if ckpt:
             model.load_state_dict(ckpt["model"])
-    except (ValueError, RuntimeError) as e:
+    except (ValueError, RuntimeError) as e:  # a Config that makes no network; weights that are another's
         sys.exit(f"{name}: {' '.join(str(e).split())[:200]}")
     model.to(device)
     amp = torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
@@ -489,127 +511,144 @@ def train(cfg, options, ckpt, rank, world, local_rank):
 
     def score(split, limit=None):
         """(nats a token, bits a byte) of a split, or of its first tokens at the whole split's bytes a token."""
-        nats = evaluate(fast, splits[split], meta["eot"], cfg, model.ahead, amp, limit, options.stride, rank, world)
-        return nats, nats / math.log(2) * meta["splits"][split]["tokens"] / meta["splits"][split]["bytes"]
+        eot, stride, counts = meta["eot"], options.stride, meta["splits"][split]
+        nats = evaluate(fast, splits[split], eot, cfg, model.ahead, amp, limit, stride, rank, world)
+        return nats, nats / math.log(2) * counts["tokens"] / counts["bytes"]
 
     if options.eval_only:
         if options.split not in splits:
             sys.exit(f"--split {options.split}: {cfg.data} has {', '.join(splits)}")
         (nats, bits), n = score(options.split), meta["splits"][options.split]
-        say(f"{options.split}: {nats:.4f} nats a token over {n['tokens']:,} tokens, each seen in a window of {cfg.block_size}"
-            f" that moves on by {min(options.stride or cfg.block_size, cfg.block_size)}\nperplexity: {math.exp(nats):.3f} a token,"
-            f" {math.exp(min(700, nats * n['tokens'] / max(1, n['words']))):.3f} a word, {2**bits:.4f} a byte\n"
-            f"bits a byte: {bits:.4f}")  # fmt: skip
+        words = perplexity(nats * n["tokens"] / max(1, n["words"]))
+        move = min(options.stride or cfg.block_size, cfg.block_size)
+        say(f"{options.split}: {n['tokens']:,} tokens, in windows of {cfg.block_size} that move on by {move}")
+        say(f"{nats:.4f} nats a token, {bits:.4f} bits a byte")
+        say(f"perplexity: {perplexity(nats):.3f} a token, {words:.3f} a word, {2**bits:.4f} a byte")
         return
-    if len(splits["train"]) < cfg.block_size + model.ahead or cfg.batch_size < world:
-        sys.exit(f"{cfg.data}/train.bin has {len(splits['train']):,} tokens and the batch {cfg.batch_size} sequences: too few for "
-                 f"one window of {cfg.block_size} + {model.ahead} tokens on each of {world} devices")  # fmt: skip
-    peak = next((peak for gpu, peak in PEAK_FLOPS.items() if device.type == "cuda" and gpu in torch.cuda.get_device_name(device)), 0)
-    flops = flops_per_token(model, cfg) if peak else 0
+    if len(splits["train"]) < cfg.block_size + model.ahead:
+        n = len(splits["train"])
+        sys.exit(f"{cfg.data}/train.bin has {n:,} tokens, fewer than one window of {cfg.block_size} + {model.ahead}")
+    if cfg.batch_size < world:
+        sys.exit(f"--batch-size {cfg.batch_size}: each of {world} devices needs a sequence")
+
+    # What a step needs, and where it starts.
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    peak = next((flops for part, flops in PEAK_FLOPS.items() if part in gpu), None)
+    flops = flops_per_token(model, cfg) if peak else None
     optimizer = configure_optimizer(model, cfg)
-    step, best, seconds = 0, math.inf, 0.0  # seconds: spent on steps, evaluations left out
+    step, best, seconds = 0, math.inf, 0.0  # seconds: spent on steps, not on evaluations
     if options.resume:
         step, best, seconds = ckpt["step"], ckpt["best"], ckpt["seconds"]
         optimizer.load_state_dict({**optimizer.state_dict(), "state": ckpt["optimizer"]["state"]})
-    say(f"{name}: {sum(p.numel() for p in model.parameters()):,} parameters, {device} x {world}, {str(dtype)[6:]}"
-        f"{', compiled' * compiled}, {cfg.batch_size} x {cfg.block_size} tokens a step, {cfg.data} -> {out}")  # fmt: skip
+    n_params, per_step = sum(p.numel() for p in model.parameters()), cfg.batch_size * cfg.block_size
+    how = f"{gpu or device} x {world}, {str(dtype)[6:]}{', compiled' * compiled}"
+    say(f"{name}: {n_params:,} parameters, {per_step:,} tokens a step, {how}, {cfg.data} -> {out}")
 
     def save(file):
-        state = {"model_file": name, "config": asdict(cfg), "tokenizer": tokenizer, "model": model.state_dict(), "step": step,
-                 "optimizer": optimizer.state_dict(), "best": best, "seconds": seconds,
-                 "rng": [cfg.seed, step]}  # fmt: skip  # each step draws its batch and its dropout from these two numbers
+        # Each step draws its batch and its dropout from (seed, step): that is all the state of randomness there is.
+        state = {"model_file": name, "config": asdict(cfg), "tokenizer": tokenizer, "model": model.state_dict()}
+        state |= {"optimizer": optimizer.state_dict(), "step": step, "best": best, "seconds": seconds}
         if rank == 0:
-            write_whole(out / file, lambda file: torch.save(state, file))
+            write_whole(out / file, lambda f: torch.save(state | {"rng": [cfg.seed, step]}, f))
 
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
         if not options.resume:
-            save("ckpt.pt")  # from here on there is always something to resume
+            save("ckpt.pt")  # from here on there is something to resume
         log = open_log(out / "log.csv", step)
 
-    def load(step):
-        pin = (lambda t: t.pin_memory().to(device, non_blocking=True)) if device.type == "cuda" else lambda t: t.to(device)
-        idx, targets = batch(splits["train"], cfg, model.ahead, step, rank, world)
-        return list(zip(pin(idx).split(cfg.micro_batch), pin(targets).split(cfg.micro_batch)))
+    def fetch(step):
+        """This rank's micro-batches of a step, on their way to the device."""
+        rows = batch(splits["train"], cfg, model.ahead, step, rank, world)
+        if device.type == "cuda":
+            rows = [t.pin_memory() for t in rows]
+        idx, targets = (t.to(device, non_blocking=True) for t in rows)
+        return list(zip(idx.split(cfg.micro_batch), targets.split(cfg.micro_batch)))
 
-    signals = []  # SIGINT or SIGTERM: the step is finished and saved first; a second one ends the program at once
-    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    signals, handlers = [], {}  # Ctrl-C and SIGTERM let the step finish and save; a second one ends it there
 
-    def on_signal(signum, frame):
-        signals.append(signum)
-        signal.signal(signum, signal.SIG_DFL)
+    def on_signal(number, frame):
+        signals.append(number)
+        signal.signal(number, signal.SIG_DFL)
 
-    for s in handlers:
-        signal.signal(s, on_signal)
-    replica, begun, stopped, data = None, step, 0, load(step)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        handlers[number] = signal.signal(number, on_signal)
+
+    # The loop.
     model.train()
-    mark = (step, seconds)
+    first, replica, stopped, data, mark = step, None, False, fetch(step), (step, seconds)
     while not stopped:
         if grow(model, optimizer, cfg, step) or replica is None:
             fast = torch.compile(model) if compiled else model
             replica = nn.parallel.DistributedDataParallel(fast) if world > 1 else fast
         if step >= cfg.max_steps:
             break
-        clock = time.perf_counter()
-        torch.manual_seed(np.random.SeedSequence([cfg.seed, step, rank]).generate_state(1)[0].item())  # for dropout
+        start = time.perf_counter()
+        torch.manual_seed(int(np.random.SeedSequence([cfg.seed, step, rank]).generate_state(1)[0]))  # of dropout
+        lr = learning_rate(step, cfg)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, cfg)
+            group["lr"] = lr
         loss = torch.zeros((), device=device)
         for i, (idx, targets) in enumerate(data):
+            # Processes exchange gradients in the backward pass of the last micro-batch alone.
             with replica.no_sync() if world > 1 and i < len(data) - 1 else nullcontext():
                 with amp:
                     part = replica(idx, targets) * (len(idx) * world / cfg.batch_size)
                 part.backward()
             loss += part.detach()
         norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
-        data = load(step + 1)  # while the GPU is still busy
+        data = fetch(step + 1)  # while a GPU is still computing
         report = torch.stack([loss / world, torch.tensor(float(len(signals)), device=device)])
         if world > 1:
             dist.all_reduce(report)
         loss, stopped, norm = *report.tolist(), norm.item()
         if not math.isfinite(loss + norm):
-            sys.exit(f"step {step + 1}: loss {loss}, gradient norm {norm}. This step was not taken; {out / 'ckpt.pt'} is the last good "
-                     f"checkpoint. --resume with a lower --learning-rate may get past it")  # fmt: skip
+            sys.exit(f"step {step + 1}: loss {loss}, gradient norm {norm}; the step was not taken. The last good "
+                     f"checkpoint is {out / 'ckpt.pt'}: --resume with a lower --learning-rate")  # fmt: skip
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        step, seconds = step + 1, seconds + time.perf_counter() - clock
-        final = step == cfg.max_steps
-        due = step % cfg.eval_interval == 0 or final
-        val, bits = None, None
-        if due and "val" in splits:
+        step, seconds = step + 1, seconds + time.perf_counter() - start
+
+        val = bits = None
+        evaluating = step % cfg.eval_interval == 0 or step == cfg.max_steps
+        if evaluating and "val" in splits:
             val, bits = score("val", cfg.eval_tokens)
-            say(f"step {step:,}: validation loss {val:.4f}, perplexity {math.exp(min(700, val)):.2f}, {bits:.4f} bits a byte")
-            better, best = val < best, min(val, best)
-            if better:
+            say(f"step {step:,}: validation loss {val:.4f}, perplexity {perplexity(val):.2f}, {bits:.4f} bits a byte")
+            if val < best:
+                best = val
                 save("best.pt")
-            if final:
+            if step == cfg.max_steps:
                 val, bits = score("val")
-        if step % cfg.log_interval == 0 or due or stopped:
-            rate = (step - mark[0]) * cfg.batch_size * cfg.block_size / (seconds - mark[1])
-            left = (cfg.max_steps - step) * (seconds - mark[1]) / (step - mark[0])
-            mfu = f"  MFU {rate * flops / peak / world:.1%}" if peak else ""
-            say(f"step {step:>6,}/{cfg.max_steps:,}  loss {loss:.4f}  lr {learning_rate(step - 1, cfg):.2e}  norm {norm:.2f}  "
-                f"{rate:,.0f} tokens/s{mfu}  {left // 60:.0f}m{left % 60:02.0f}s left")  # fmt: skip
+        if step % cfg.log_interval == 0 or evaluating or stopped:
+            per_second = (step - mark[0]) * per_step / (seconds - mark[1])
+            left = time.strftime("%H:%M:%S", time.gmtime((cfg.max_steps - step) * per_step / per_second))
+            mfu = f"  MFU {per_second * flops / peak / world:.1%}" if peak else ""
+            say(f"step {step:>6,}/{cfg.max_steps:,}  loss {loss:.4f}  lr {lr:.2e}  norm {norm:.2f}"
+                f"  {per_second:>9,.0f} tokens/s{mfu}  {left} left")  # fmt: skip
             if rank == 0:
-                log(step, step * cfg.batch_size * cfg.block_size, loss, val, bits, learning_rate(step - 1, cfg), norm, rate, seconds)
+                log(step, step * per_step, loss, val, bits, lr, norm, per_second, seconds)
             mark = (step, seconds)
-        if due or stopped:
+        if evaluating or stopped:
             save("ckpt.pt")
-    for s, handler in handlers.items():
-        signal.signal(s, handler)
+
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
     if stopped:
-        say(f"stopped after step {step:,}, saved in {out / 'ckpt.pt'}; --resume goes on")
+        say(f"stopped after step {step:,}, saved in {out / 'ckpt.pt'}: --resume goes on")
         sys.exit(128 + (signals or [signal.SIGTERM])[0])
-    if step == begun:
-        say(f"{out} is finished: {step:,} steps. A larger --max-steps would go on")
-    elif "val" in splits:
-        say(f"all of val: {val:.4f} nats a token, perplexity {math.exp(min(700, val)):.2f}, {bits:.4f} bits a byte, after "
-            f"{step:,} steps and {seconds:.0f} s\nsample from it: python sample.py --ckpt {out / 'ckpt.pt'}")  # fmt: skip
+    if step == first:
+        say(f"{out} is finished: {step:,} steps. A larger --max-steps goes on")
+    else:
+        if "val" in splits:
+            say(f"all of val: {val:.4f} nats a token, perplexity {perplexity(val):.2f}, {bits:.4f} bits a byte")
+        say(f"{step:,} steps in {seconds:.0f} s. Hear it: python sample.py --ckpt {out / 'ckpt.pt'}")
 
 
 def main(argv=None):
     cfg, options, ckpt = parse(argv)
-    rank, world, local_rank = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    rank, world, local_rank = (
+        int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
+    )
     try:
         train(cfg, options, ckpt, rank, world, local_rank)
     except OSError as e:

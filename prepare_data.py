@@ -16,6 +16,7 @@ temporary names, and the files take their real names when all are whole.
 Byte-pair encoding follows Sennrich et al. (2016, arXiv 1508.07909, section 3.2) on bytes, with GPT-2's split
 pattern (Radford et al. 2019, section 2.2). The trainer updates pair counts in place while it merges.
 """
+
 import argparse
 import base64
 import codecs
@@ -277,12 +278,14 @@ class Progress:
         if now - self.shown > 0.5 and sys.stderr.isatty():
             self.shown, rate = now, self.done / (now - self.start)
             left = max(0, self.total - self.done) / rate
-            text = f"{self.what} {self.done / 1e6:,.1f} of {self.total / 1e6:,.1f} MB, {rate / 1e6:.1f} MB/s, {left:.0f} s left"
+            text = f"{self.what} {self.done / 1e6:,.1f} of {self.total / 1e6:,.1f} MB, {rate / 1e6:.1f} MB/s, "
+            text += f"{left:.0f} s left"
             print(f"\r{text:<79}", end="", file=sys.stderr, flush=True)
 
     def end(self):
         seconds = time.time() - self.start
-        text = f"{self.what} {self.done / 1e6:,.1f} MB in {seconds:.1f} s, {self.done / 1e6 / max(seconds, 1e-9):.1f} MB/s"
+        rate = self.done / 1e6 / max(seconds, 1e-9)
+        text = f"{self.what} {self.done / 1e6:,.1f} MB in {seconds:.1f} s, {rate:.1f} MB/s"
         print(("\r" if sys.stderr.isatty() else "") + f"{text:<79}", file=sys.stderr)
 
 
@@ -382,7 +385,8 @@ def prepare(args):
         splits = {split: writer.close() for split, writer in writers.items()}
         if "train" not in splits:
             sys.exit(f"{args.name}: no text for training in it (--val-fraction {args.val_fraction}).")
-        meta = {"vocab_size": encoding.n_vocab, "tokenizer": args.tokenizer, "eot": encoding.eot_token, "splits": splits}
+        meta = {"vocab_size": encoding.n_vocab, "tokenizer": args.tokenizer, "eot": encoding.eot_token}
+        meta["splits"] = splits
         create("meta.json").write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
         # Without meta.json a folder is no data set: it goes first and comes last.
         for name in ("meta.json", "train.bin", "val.bin", "test.bin", "tokenizer.tiktoken"):
@@ -412,7 +416,7 @@ def main(argv=None):
     parser.add_argument("--tokenizer", default="bpe:4096", help="bpe:N, bytes, gpt2, ... (default: %(default)s)")
     parser.add_argument("--val-fraction", type=float, default=0.1, help="of the text; 0 writes train.bin alone")
     parser.add_argument("--field", default="text", help="of a .jsonl line that holds its text (default: %(default)s)")
-    parser.add_argument("--errors", choices=("strict", "replace"), default="strict", help="what to do with invalid UTF-8")
+    parser.add_argument("--errors", choices=("strict", "replace"), default="strict", help="what invalid UTF-8 becomes")
     parser.add_argument("--out", help="folder to write (default: data/NAME)")
     args = parser.parse_args(argv)
     if not 0 <= args.val_fraction < 1:
@@ -420,7 +424,7 @@ def main(argv=None):
     if args.tokenizer.startswith("bpe:"):
         size = args.tokenizer[4:]
         if not size.isdecimal() or not 257 <= int(size) <= MAX_IDS:
-            parser.error(f"--tokenizer {args.tokenizer}: N is 257 (bytes and end of text) to {MAX_IDS:,}, what 16 bits hold")
+            parser.error(f"--tokenizer {args.tokenizer}: N goes from 257 (bytes, end of text) to {MAX_IDS:,} (16 bits)")
     else:
         load_tokenizer(args.tokenizer)  # complains before any work is done
     try:

@@ -15,6 +15,7 @@
 A model is asked for three things alone: model(idx), model(idx, cache=...) and model.new_cache(batch). The cache is
 why a new token costs one token's work and not the whole text's; --no-cache takes it away, and the text stays.
 """
+
 import argparse
 import codecs
 import importlib
@@ -140,7 +141,8 @@ def beam_search(model, idx, max_new_tokens, width, length_penalty, eot, use_cach
         for b, k in (ends[:, :width] & best[:, :width].isfinite()).nonzero().tolist():
             if not closed[b]:
                 text = torch.cat([context.tokens[rows[b, k], prompt:], tokens[b, k, None]])
-                done[b] = sorted([*done[b], (best[b, k].item() / length**length_penalty, text)], key=lambda d: -d[0])[:width]
+                done[b].append((best[b, k].item() / length**length_penalty, text))
+                done[b] = sorted(done[b], key=lambda d: -d[0])[:width]
         if last:
             break
         scores, keep = best.masked_fill(ends, -torch.inf).topk(width)
@@ -170,7 +172,8 @@ def generate(model, idx, max_new_tokens, decode="greedy", temperature=1.0, top_k
     """
     if decode not in DECODERS:
         raise ValueError(f"decode {decode!r} is none of {', '.join(DECODERS)}")
-    if temperature < 0 or beam_width < 1 or (top_k is not None and top_k < 1) or (top_p is not None and not 0 <= top_p <= 1):
+    few = beam_width < 1 or (top_k is not None and top_k < 1)
+    if few or temperature < 0 or not 0 <= (top_p or 0) <= 1:
         raise ValueError("temperature must be >= 0, beam_width and top_k >= 1, top_p in [0, 1]")
     if idx.size(1) == 0:
         if eot is None:
@@ -186,14 +189,15 @@ def generate(model, idx, max_new_tokens, decode="greedy", temperature=1.0, top_k
         if decode == "beam" and beam_width > 1:
             return beam_search(model, idx, max_new_tokens, beam_width, length_penalty, eot, use_cache)
         decode = "greedy" if decode == "beam" else decode
-        return torch.cat([*stream(model, idx, max_new_tokens, decode, temperature, top_k, top_p, eot, generator, use_cache)], 1)
+        filters = temperature, top_k, top_p
+        return torch.cat([*stream(model, idx, max_new_tokens, decode, *filters, eot, generator, use_cache)], dim=1)
     finally:
         model.train(training)
 
 
 def load(ckpt, device="cpu"):
-    """(model, tokenizer) of a checkpoint: the Model of the file that wrote it, ready to sample, and a tiktoken.Encoding.
-    Exits with one line if that cannot be."""
+    """(model, tokenizer) of a checkpoint: the Model of the file that wrote it, ready to sample, and a
+    tiktoken.Encoding. Exits with one line if that cannot be."""
     state = read_checkpoint(ckpt)
     source = Path(__file__).parent / Path(str(state["model_file"])).name
     if not source.is_file() or not source.stem.isidentifier():
@@ -236,7 +240,8 @@ def show(model, tokenizer, prompt, decode, args):
     if n_samples == 1 and decode != "beam":
         printer = Printer(tokenizer)
         print(prompt, end="", flush=True)
-        for new in stream(model, idx, args.max_new_tokens, decode, temperature, top_k, top_p, eot, generator, not args.no_cache):
+        filters = temperature, top_k, top_p
+        for new in stream(model, idx, args.max_new_tokens, decode, *filters, eot, generator, not args.no_cache):
             n_tokens += new.size(1)
             printer([i for i in new[0].tolist() if i != eot])
         printer([], final=True)
@@ -253,7 +258,8 @@ def show(model, tokenizer, prompt, decode, args):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser("sample.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("sample.py", description=__doc__, formatter_class=formatter)
     parser.error = lambda message: sys.exit(f"sample.py: {message} (--help lists all options)")
     parser.add_argument("--ckpt", default="out/gpt2/ckpt.pt", help="of any model file (default: %(default)s)")
     parser.add_argument("--prompt", help="text to continue; empty: a new document (default: standard input)")
@@ -267,9 +273,10 @@ def main(argv=None):
     parser.add_argument("--beam-width", type=int, default=4, help="of --decode beam (default: %(default)s)")
     parser.add_argument("--length-penalty", type=float, default=1.0, help="of --decode beam (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=1337, help="(default: %(default)s)")
-    parser.add_argument("--no-cache", action="store_true", help="read the whole text for every token: same text, slower")
+    parser.add_argument("--no-cache", action="store_true", help="read all again for every token: same text, slower")
     parser.add_argument("--device", default="auto", help="cpu, cuda, ... (default: a CUDA GPU if there is one)")
-    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="auto: bfloat16 on CUDA")
+    dtypes = ("auto", "float32", "bfloat16")
+    parser.add_argument("--dtype", choices=dtypes, default="auto", help="auto: bfloat16 on CUDA, else float32")
     args = parser.parse_args(argv)
     if args.num_samples < 1 or args.max_new_tokens < 0:
         parser.error("--num-samples must be at least 1 and --max-new-tokens at least 0")

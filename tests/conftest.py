@@ -1,5 +1,7 @@
 """What several test files need: the model files there are, a small data set, and a way to run a file as a user does."""
+
 import importlib
+import json
 import os
 import random
 import subprocess
@@ -27,16 +29,15 @@ def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
     rng = random.Random(0)
     words = ["the", "model", "reads", "a", "token", "and", "learns", "what", "follows", "it", "slowly", "naïve"]
-    lines = (" ".join(rng.choices(words, k=150)) + ".\n" for _ in range(60))
-    (folder / "text.jsonl").write_text("".join('{"text": "%s"}\n' % line.strip() for line in lines), encoding="utf-8")
+    lines = (" ".join(rng.choices(words, k=150)) + "." for _ in range(60))
+    (folder / "text.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines), encoding="utf-8")
     prepare_data.main([str(folder / "text.jsonl"), "--tokenizer", "bpe:300", "--out", str(folder / "set")])
     return folder / "set"
 
 
-def run(*args, expect=0, env=None):
+def run(*args, expect=0):
     """Runs `python ARGS...` in the repository, as a user does; returns its stdout, or stderr if it should fail."""
-    done = subprocess.run(
-        [sys.executable, *map(str, args)], cwd=ROOT, env={**os.environ, **(env or {})}, capture_output=True, text=True, timeout=300
-    )
+    command = [sys.executable, *map(str, args)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == expect, done.stdout + done.stderr
     return done.stderr if expect else done.stdout

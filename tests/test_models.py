@@ -1,4 +1,5 @@
 """What every model file promises. A new model file is picked up by its training banner."""
+
 import ast
 import math
 
@@ -40,7 +41,9 @@ def test_imports_torch_numpy_and_the_standard_library_alone(name):
 @each_model
 def test_config_has_what_every_config_has(name):
     cfg = load(name).Config()
-    for field in "vocab_size block_size n_embd n_head dropout data device dtype compile seed max_steps batch_size".split():
+    for (
+        field
+    ) in "vocab_size block_size n_embd n_head dropout data device dtype compile seed max_steps batch_size".split():
         assert hasattr(cfg, field)
     for field in "micro_batch eval_interval log_interval learning_rate".split():
         assert hasattr(cfg, field)
