@@ -1,11 +1,13 @@
 """GPT-2 is the published network, by Hugging Face's word, and attention and loss are what the plain formulas say."""
+
 import math
 
-import gpt2
 import pytest
 import torch
 import torch.nn.functional as F
 from transformers import GPT2Config, GPT2LMHeadModel
+
+import gpt2
 
 
 def random_model(seed=0, std=0.2, **config):

@@ -1,5 +1,6 @@
 """prepare_data.py, by behaviour: the BPE trainer against a slow, obvious one; what the token files hold; what a reader
 sees when the input is bad. Every test runs in its own empty folder."""
+
 import argparse
 import encodings.cp1252
 import hashlib
@@ -19,10 +20,9 @@ import regex
 import tiktoken
 import tiktoken.load
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-import prepare_data  # noqa: E402
+import prepare_data
 
+ROOT = Path(__file__).resolve().parent.parent
 SHARED_TEXT = ROOT.parent / "shared" / "text"
 GPT2_CACHE = ROOT.parent / "shared" / "tiktoken_cache"
 

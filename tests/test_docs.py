@@ -1,0 +1,25 @@
+"""The Makefile and the README say what is there."""
+import re
+import subprocess
+
+from conftest import ROOT
+
+
+def test_make_prints_help():
+    text = subprocess.run(["make", "-s"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for target in ("demo", "data", "train", "test", "lint", "clean"):
+        assert f"make {target}" in text
+
+
+def test_every_option_that_the_readme_names_exists():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for script, options in re.findall(r"(?:python|nproc-per-node=\d+) (\w+\.py)([^\n`#|]*)", readme):
+        source = (ROOT / script).read_text(encoding="utf-8")
+        for option in re.findall(r"--([a-z][a-z-]+)", options):
+            assert f'"--{option}"' in source or f"    {option.replace('-', '_')}: " in source, f"{script} --{option}"
+
+
+def test_every_file_that_the_readme_links_to_exists():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for link in re.findall(r"\]\(([^)#]+)\)", readme):
+        assert link.startswith("https://") or (ROOT / link).exists(), link
