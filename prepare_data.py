@@ -24,7 +24,6 @@ import hashlib
 import heapq
 import json
 import os
-import re
 import sys
 import sysconfig
 import time
@@ -40,7 +39,8 @@ EOT = "<|endoftext|>"
 SPLIT_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 MAX_IDS = 2**16  # what uint16 holds
 TOO_LARGE = {"cl100k_base": 100_277, "o200k_base": 200_019, "o200k_harmony": 201_088}  # ids: known without a download
-BLOCK = 2**20  # bytes read at once
+BLOCK = 2**16  # bytes or characters of text taken up at once
+LONG_WORD = 2**13  # characters: a line of DNA is cut into such words, each merge in one takes time with its length
 BPE_BYTES = 2**26  # ~64 MB of training text is what the BPE trainer looks at: more changes few merges
 
 # --- tokenizers
@@ -92,7 +92,8 @@ def train_bpe(words, vocab_size):
                 i += 1
         del counts[a, b]
         for c, d in born:
-            heapq.heappush(heap, (-counts[c, d], rank[c], rank[d], c, d))
+            if counts[c, d] > 0:  # else merged away again in the same word
+                heapq.heappush(heap, (-counts[c, d], rank[c], rank[d], c, d))
     return tokens
 
 
@@ -153,7 +154,11 @@ def find_files(name):
     path = Path(name)
     if not path.exists():
         sys.exit(f"{name}: neither a known data set (stdlib) nor a file or folder here.")
-    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.suffix in (".txt", ".jsonl"))
+    files = (
+        [path]
+        if path.is_file()
+        else sorted(p for p in path.rglob("*") if p.suffix in (".txt", ".jsonl") and p.is_file())
+    )
     if not files or files[0].suffix not in (".txt", ".jsonl"):
         sys.exit(f"{name}: no .txt or .jsonl {'in this folder' if path.is_dir() else 'file'}.")
     return files
@@ -171,29 +176,36 @@ def replace_and_count(error):
 codecs.register_error("replace_and_count", replace_and_count)
 
 
-def read_pieces(path, errors, start=0, stop=None):
-    """Yields bytes [start, stop) of a UTF-8 file as strings of about a megabyte. They are cut between a letter and
-    the white space after it, where GPT-2's pattern always cuts too: the pieces encode to the ids of the whole."""
+def at_gaps(chunks):
+    """Strings of at most BLOCK characters, joined and cut anew between a letter and the white space after it. There
+    GPT-2's pattern always cuts too, so the pieces encode to the ids of the whole."""
+    text = ""
+    for chunk in chunks:
+        text += chunk
+        gap = regex.match(r"(?s).*\S(?=\s)", text)
+        # No gap in so much text: cut anyway. Memory stays small, and tiktoken overflows its stack on longer runs.
+        end = gap.end() if gap else len(text) if len(text) > 8 * BLOCK else 0
+        if end:
+            yield text[:end]
+            text = text[end:]
+    if text:
+        yield text
+
+
+def read_text(path, errors, start=0, stop=None):
+    """Yields bytes [start, stop) of a UTF-8 file as strings. Exits, naming the byte, where it is not UTF-8."""
     decode = codecs.getincrementaldecoder("utf-8")(errors).decode
     left = (path.stat().st_size if stop is None else stop) - start
-    text = ""
     with open(path, "rb") as file:
         file.seek(start)
         while left > 0:
             block = file.read(min(left, BLOCK))
             left = left - len(block) if block else 0  # a file that shrank under us ends here
             try:
-                text += decode(block, final=left == 0)
+                yield decode(block, final=left == 0)
             except UnicodeDecodeError as e:
                 at = file.tell() - len(e.object) + e.start
                 sys.exit(f"{path}: byte {at:,} is not UTF-8. Convert the file, or put U+FFFD there: --errors replace.")
-            gap = re.match(r"(?s).*\S(?=\s)", text)
-            if gap or len(text) > 16 * BLOCK:  # megabytes without white space: cut anyway, memory comes first
-                cut = gap.end() if gap else len(text)
-                yield text[:cut]
-                text = text[cut:]
-    if text:
-        yield text
 
 
 def read_jsonl(path, field, errors):
@@ -214,7 +226,7 @@ def read_jsonl(path, field, errors):
                 sys.exit(f"{path}:{number}: no field {field!r}; --field names the one that holds the text.")
             except UnicodeError:
                 sys.exit(f"{path}:{number}: not valid Unicode. Mend the line, or put U+FFFD there: --errors replace.")
-            except (ValueError, TypeError) as e:
+            except (ValueError, TypeError, RecursionError) as e:
                 sys.exit(f"{path}:{number}: not a JSON object with a text in it ({e}).")
             yield text
 
@@ -253,13 +265,14 @@ class Source:
         for path in self.files:
             if path.suffix == ".jsonl":
                 for text in read_jsonl(path, self.field, self.errors):
-                    yield split_of([text.encode()], self.val_fraction), [text]
+                    chunks = (text[i : i + BLOCK] for i in range(0, len(text), BLOCK))
+                    yield split_of([text.encode()], self.val_fraction), at_gaps(chunks)
             elif path in self.splits:
-                yield self.splits[path], read_pieces(path, self.errors)
+                yield self.splits[path], at_gaps(read_text(path, self.errors))
             else:  # one document: no hash can split it
                 cut = cut_position(path, self.val_fraction)
-                yield "train", read_pieces(path, self.errors, 0, cut)
-                yield "val", read_pieces(path, self.errors, cut)
+                yield "train", at_gaps(read_text(path, self.errors, 0, cut))
+                yield "val", at_gaps(read_text(path, self.errors, cut))
 
 
 # --- writing
@@ -326,6 +339,9 @@ def count_words(source):
         if left <= 0:
             break
     progress.end()
+    for word in [w for w in words if len(w) > LONG_WORD]:
+        freq = words.pop(word)
+        words.update({word[i : i + LONG_WORD]: freq for i in range(0, len(word), LONG_WORD)})
     return words
 
 
@@ -355,7 +371,7 @@ def write_splits(source, encoding, open_split):
                 writers[split] = open_split(split)
             queue.append((writers[split], text, i == 0))
             queued += len(text)
-            if queued >= 4 * BLOCK:
+            if queued >= 64 * BLOCK:  # ~4 MB, enough to keep all cores busy
                 flush()
     flush()
     progress.end()
@@ -365,7 +381,7 @@ def write_splits(source, encoding, open_split):
 def prepare(args):
     global replacements
     source = Source(find_files(args.name), args)
-    out = Path(args.out or Path("data") / Path(args.name).stem)
+    out = Path(args.out or Path("data") / Path(args.name).resolve().stem)
     out.mkdir(parents=True, exist_ok=True)
     temporary = {}  # final name -> where it is written
 
@@ -423,7 +439,7 @@ def main(argv=None):
         parser.error(f"--val-fraction {args.val_fraction} is not in [0, 1)")
     if args.tokenizer.startswith("bpe:"):
         size = args.tokenizer[4:]
-        if not size.isdecimal() or not 257 <= int(size) <= MAX_IDS:
+        if not size.isdecimal() or len(size) > 5 or not 257 <= int(size) <= MAX_IDS:
             parser.error(f"--tokenizer {args.tokenizer}: N goes from 257 (bytes, end of text) to {MAX_IDS:,} (16 bits)")
     else:
         load_tokenizer(args.tokenizer)  # complains before any work is done
@@ -432,7 +448,7 @@ def main(argv=None):
     except OSError as e:
         sys.exit(f"{e.filename or args.out or 'data'}: {e.strerror or e}")
     except KeyboardInterrupt:
-        print("\ninterrupted; nothing was written", file=sys.stderr)
+        print("\ninterrupted: this data set is not finished", file=sys.stderr)
         sys.exit(130)
 
 

@@ -140,7 +140,7 @@ def test_greedy_and_beam_equal_hugging_face_token_for_token(pairs, width, length
 
 @pytest.mark.parametrize("length_penalty", [0.0, 1.0, 2.0])
 @pytest.mark.parametrize("eot", [None, 0])
-@pytest.mark.parametrize("make, V, n", [(tiny, 4, 4), (Ahead4, 3, 5)])
+@pytest.mark.parametrize("make, V, n", [(tiny, 4, 4), (Ahead4, 2, 8)])
 def test_a_beam_wide_enough_is_exhaustive_search(make, V, n, eot, length_penalty):
     lengths = set()
     for seed in range(10):
@@ -515,6 +515,17 @@ def test_the_command_line_prints_what_generate_gives(run, ckpt, options):
     ids = sample.load(ckpt)[1].encode_ordinary("the model reads")
     flags = [x for name, value in options.items() for x in (f"--{name.replace('_', '-')}", value)]
     assert run("--prompt", "the model reads", *flags) == "the model reads" + continuation(ckpt, ids, **options) + "\n"
+
+
+def test_each_decoder_obeys_its_own_option(run):
+    greedy = run("--prompt", "the", "--decode", "greedy")
+    for decode, option in (("top-k", "--top-k=1"), ("nucleus", "--top-p=0"), ("temperature", "--temperature=0")):
+        assert run("--prompt", "the", "--decode", decode, option) == greedy
+        assert run("--prompt", "the", "--decode", decode) != greedy
+
+
+def test_bfloat16(run):
+    assert run("--prompt", "the", "--decode", "all", "--dtype", "bfloat16").count("\nthe") == 5
 
 
 def test_num_samples_prints_as_many_that_differ(run):
