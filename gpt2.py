@@ -73,7 +73,7 @@ class Config:
 # Learning rates of the four sizes: Brown et al. 2020 (GPT-3), table 2.1. 2**19 = 512 x 1024, ~0.5M tokens a step.
 _GPT2 = dict(block_size=1024, batch_size=512, micro_batch=16, max_steps=20_000, warmup_steps=700)
 PRESETS = {
-    "demo": dict(n_layer=2, n_head=4, n_embd=128, max_steps=1000, eval_interval=250, log_interval=50,
+    "demo": dict(n_layer=2, n_head=4, n_embd=128, max_steps=850, eval_interval=250, log_interval=50,
                  learning_rate=4e-3, warmup_steps=60),
     "report": dict(n_layer=6, n_head=6, n_embd=384, dropout=0.2, batch_size=64, micro_batch=64, max_steps=5000,
                    learning_rate=3e-4),
@@ -492,7 +492,7 @@ def train(cfg, options, ckpt, rank, world, local_rank):
     meta, tokenizer, splits = open_data(cfg.data)
     if ckpt is None:
         cfg.vocab_size = getattr(options, "vocab_size", meta["vocab_size"])
-        if cfg.vocab_size < meta["vocab_size"]:
+        if cfg.vocab_size != meta["vocab_size"]:
             sys.exit(f"--vocab-size {cfg.vocab_size}: {cfg.data} has {meta['vocab_size']} ids")
     elif ckpt["tokenizer"] != tokenizer:
         theirs = ckpt["tokenizer"]["name"]

@@ -19,6 +19,7 @@ why a new token costs one token's work and not the whole text's; --no-cache take
 import argparse
 import codecs
 import importlib
+import math
 import os
 import sys
 import time
@@ -48,9 +49,9 @@ class Context:
             # last half again in a new window, and the price is one such step in every block_size / 2.
             self.start, self.cache = T - max(1, block_size // 2), None
         window = self.tokens[:, self.start :]
-        if not self.use_cache:
+        if not self.use_cache and window.size(1) >= self.model.ahead:
             return self.model(window)[:, -self.model.ahead :].float()
-        if self.cache is None:
+        if not self.use_cache or self.cache is None:
             self.cache = self.model.new_cache(B)
         return self.model(window[:, self.cache.length :], cache=self.cache).float()
 
@@ -115,15 +116,14 @@ def beam_search(model, idx, max_new_tokens, width, length_penalty, eot, use_cach
     """The best text that keeping the `width` likeliest beginnings at every step finds (Graves 2012, algorithm 1).
 
     score = sum of the log-probabilities / (generated length ** length_penalty), end of text counted. A text is done
-    when it reaches end of text among the `width` best candidates, or max_new_tokens; a prompt is done when no
-    running beam can still beat the worst of its `width` done texts.
+    when it reaches end of text among the `width` best candidates, or max_new_tokens; the search is over when no
+    running beam can still beat the best text that is done.
     """
     B, prompt, device = len(idx), idx.size(1), idx.device
     context = Context(model, idx, use_cache)
-    scores = torch.full((B, width), -torch.inf, device=device)  # of the running beams, accumulated
+    scores = torch.full((B, width), -math.inf, device=device)  # of the running beams, accumulated
     scores[:, 0] = 0.0  # at first all beams of a prompt are the same: count one
-    done = [[] for _ in range(B)]  # (score, tokens), the best `width` of each prompt
-    closed = [False] * B
+    done = [(-math.inf, idx[b, :0]) for b in range(B)]  # (score, tokens) of the best text of each prompt
     first_row = torch.arange(B, device=device)[:, None] * width  # of each prompt's beams in the batch
     logits, column = context.logits(), 0
     context.select(torch.arange(B, device=device).repeat_interleave(width))
@@ -139,10 +139,9 @@ def beam_search(model, idx, max_new_tokens, width, length_penalty, eot, use_cach
         last = length == max_new_tokens
         ends = torch.full_like(tokens, last, dtype=torch.bool) if eot is None or last else tokens == eot
         for b, k in (ends[:, :width] & best[:, :width].isfinite()).nonzero().tolist():
-            if not closed[b]:
-                text = torch.cat([context.tokens[rows[b, k], prompt:], tokens[b, k, None]])
-                done[b].append((best[b, k].item() / length**length_penalty, text))
-                done[b] = sorted(done[b], key=lambda d: -d[0])[:width]
+            score = best[b, k].item() / length**length_penalty
+            if score > done[b][0]:
+                done[b] = score, torch.cat([context.tokens[rows[b, k], prompt:], tokens[b, k, None]])
         if last:
             break
         scores, keep = best.masked_fill(ends, -torch.inf).topk(width)
@@ -151,12 +150,9 @@ def beam_search(model, idx, max_new_tokens, width, length_penalty, eot, use_cach
         context.append(tokens[:, None])
         logits, column = logits[rows], column + 1
         reach = max_new_tokens if length_penalty > 0 else length  # the length at which a running beam scores best
-        for b in range(B):
-            full = len(done[b]) == width
-            closed[b] |= full and scores[b, 0].item() / reach**length_penalty <= done[b][-1][0]
-        if all(closed):
+        if all(scores[b, 0].item() / reach**length_penalty <= done[b][0] for b in range(B)):
             break
-    best = [texts[0][1] for texts in done]
+    best = [text for _, text in done]
     n = max(map(len, best))
     return torch.stack([torch.cat([text, text.new_full((n - len(text),), eot or 0)]) for text in best])
 
@@ -173,7 +169,7 @@ def generate(model, idx, max_new_tokens, decode="greedy", temperature=1.0, top_k
     if decode not in DECODERS:
         raise ValueError(f"decode {decode!r} is none of {', '.join(DECODERS)}")
     few = beam_width < 1 or (top_k is not None and top_k < 1)
-    if few or temperature < 0 or not 0 <= (top_p or 0) <= 1:
+    if few or not temperature >= 0 or not 0 <= (top_p or 0) <= 1:
         raise ValueError("temperature must be >= 0, beam_width and top_k >= 1, top_p in [0, 1]")
     if idx.size(1) == 0:
         if eot is None:
@@ -280,6 +276,8 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.num_samples < 1 or args.max_new_tokens < 0:
         parser.error("--num-samples must be at least 1 and --max-new-tokens at least 0")
+    if min(args.top_k, args.beam_width) < 1 or not args.temperature >= 0 or not 0 <= args.top_p <= 1:
+        parser.error("--top-k and --beam-width must be at least 1, --temperature at least 0, --top-p in [0, 1]")
     device, dtype = choose_device(args, int(os.environ.get("LOCAL_RANK", 0)))
     model, tokenizer = load(args.ckpt, device)
     model.to(dtype if args.dtype != "auto" or device.type == "cuda" else torch.float32)

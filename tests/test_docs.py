@@ -1,4 +1,5 @@
 """The Makefile and the README say what is there."""
+
 import re
 import subprocess
 

@@ -691,10 +691,3 @@ def test_cuda_where_there_is_none(refusal):
 def test_an_option_that_makes_no_sense(refusal, options):
     refusal(*options.split())
     refusal("--num-samples", 2, *options.split())
-
-
-def test_ids_beyond_the_tokenizer_are_not_chosen(run, data, tmp_path):
-    """gpt2.py --vocab-size may be larger than the data set's."""
-    shape = "--block-size 8 --n-layer 1 --n-head 1 --n-embd 8 --batch-size 1 --micro-batch 1 --max-steps 1"
-    gpt2.main(f"--data {data} --out {tmp_path / 'out'} --device cpu --vocab-size 5000 {shape}".split())
-    assert run("--ckpt", tmp_path / "out/ckpt.pt", "--prompt", "the", "--decode", "temperature").startswith("the")
