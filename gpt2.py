@@ -362,6 +362,8 @@ def write_whole(path, write):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except RuntimeError as e:  # what torch.save makes of a full disk
+        raise OSError(0, "could not be written; is the disk full?", str(path)) from e
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -38,16 +38,16 @@ class Context:
 
     def __init__(self, model, tokens, use_cache=True):
         self.model, self.tokens, self.use_cache = model, tokens, use_cache
+        self.block_size = model.cfg.block_size if hasattr(model, "cfg") else sys.maxsize  # no limit that we know of
         self.start, self.cache = 0, None  # the window is tokens[:, start:]
 
     def logits(self):
         """Of the next `model.ahead` tokens, (B, ahead, V) float32."""
         B, T = self.tokens.shape
-        block_size = self.model.cfg.block_size
-        if T - self.start > block_size:
+        if T - self.start > self.block_size:
             # The window is full. Positions are part of what a cache holds, so it cannot slide by one token: read the
             # last half again in a new window, and the price is one such step in every block_size / 2.
-            self.start, self.cache = T - max(1, block_size // 2), None
+            self.start, self.cache = T - max(1, self.block_size // 2), None
         window = self.tokens[:, self.start :]
         if not self.use_cache and window.size(1) >= self.model.ahead:
             return self.model(window)[:, -self.model.ahead :].float()

@@ -7,6 +7,7 @@ import math
 import os
 import pickle
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -335,6 +336,16 @@ class Trap:
 
     def __reduce__(self):
         return open, (self.path, "w")
+
+
+def test_a_full_disk_is_one_line_and_keeps_the_earlier_checkpoint(data, tmp_path):
+    train("gpt2", data, tmp_path / "run", "--max-steps", 2)
+    before = (tmp_path / "run" / "ckpt.pt").read_bytes()
+    command = shlex.join([sys.executable, "gpt2.py", *argv(data, tmp_path / "run", "--resume", "--max-steps", 4)])
+    done = subprocess.run(["bash", "-c", f"ulimit -f 100; {command}"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "disk" in done.stderr, done.stderr
+    assert (tmp_path / "run" / "ckpt.pt").read_bytes() == before
+    assert not list((tmp_path / "run").glob("*.tmp"))
 
 
 def test_bfloat16_autocast_trains(data, tmp_path):
