@@ -73,7 +73,7 @@ class Config:
 # Learning rates of the four sizes: Brown et al. 2020 (GPT-3), table 2.1. 2**19 = 512 x 1024, ~0.5M tokens a step.
 _GPT2 = dict(block_size=1024, batch_size=512, micro_batch=16, max_steps=20_000, warmup_steps=700)
 PRESETS = {
-    "demo": dict(n_layer=2, n_head=4, n_embd=128, max_steps=850, eval_interval=250, log_interval=50,
+    "demo": dict(n_layer=2, n_head=4, n_embd=128, max_steps=950, eval_interval=250, log_interval=50,
                  learning_rate=4e-3, warmup_steps=60),
     "report": dict(n_layer=6, n_head=6, n_embd=384, dropout=0.2, batch_size=64, micro_batch=64, max_steps=5000,
                    learning_rate=3e-4),
@@ -462,12 +462,12 @@ def parse(argv):
         ckpt = read_checkpoint(path)
         if ckpt["model_file"] != name:
             sys.exit(f"{path} was written by {ckpt['model_file']}: use that file, or name another checkpoint")
-        network = names[: names.index("dropout")]
+        then, network = ckpt["config"], names[: names.index("dropout")]
         for k in network:
-            if given.get(k, ckpt["config"][k]) != ckpt["config"][k]:
-                sys.exit(f"{path} has {k} {ckpt['config'][k]}, not {given[k]}: a checkpoint fixes the network")
-        own = {"out", "device", "compile"} if options.resume or options.eval_only else set(names) - set(network)
-        inherited = {k: ckpt["config"][k] for k in names if k not in own}
+            if given.get(k, then.get(k)) != then.get(k):
+                sys.exit(f"{path} has {k} {then.get(k)}, not {given[k]}: a checkpoint fixes the network")
+        keep = set(names) - {"out", "device", "compile"} if options.resume or options.eval_only else set(network)
+        inherited = {k: v for k, v in then.items() if k in keep}  # a field that is newer than it has its default
     cfg = Config(**{**inherited, **given})
     positive = "block_size n_embd n_head batch_size micro_batch eval_interval eval_tokens log_interval"
     for k in positive.split():
