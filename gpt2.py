@@ -619,7 +619,7 @@ def train(cfg, options, ckpt, rank, world, local_rank):
             if val < best:
                 best = val
                 save("best.pt")
-            if step == cfg.max_steps:
+            if step == cfg.max_steps and len(splits["val"]) > cfg.eval_tokens:
                 val, bits = score("val")
         if step % cfg.log_interval == 0 or evaluating or stopped:
             per_second = (step - mark[0]) * per_step / (seconds - mark[1])
