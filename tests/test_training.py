@@ -338,6 +338,16 @@ class Trap:
         return open, (self.path, "w")
 
 
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+def test_compiled_losses_are_the_eager_ones(data, tmp_path):
+    small = ["--max-steps", 3, "--n-layer", 1, "--dropout", 0]
+    eager = train("gpt2", data, tmp_path / "eager", *small)
+    compiled = train("gpt2", data, tmp_path / "compiled", *small, "--compile")
+    for a, b in zip(eager, compiled):
+        assert float(a["train_loss"]) == pytest.approx(float(b["train_loss"]), abs=1e-4)
+    assert not [k for k in weights(tmp_path / "compiled") if "_orig_mod" in k]
+
+
 def test_a_full_disk_is_one_line_and_keeps_the_earlier_checkpoint(data, tmp_path):
     train("gpt2", data, tmp_path / "run", "--max-steps", 2)
     before = (tmp_path / "run" / "ckpt.pt").read_bytes()
