@@ -221,9 +221,10 @@ def configure_optimizer(model, cfg):
 
 def learning_rate(step, cfg):
     """Of the step after `step` steps: linear warm-up to the peak, then half a cosine to zero at max_steps."""
-    if step < cfg.warmup_steps:
-        return cfg.learning_rate * (step + 1) / cfg.warmup_steps
-    done = (step - cfg.warmup_steps) / max(1, cfg.max_steps - cfg.warmup_steps)
+    warmup = min(cfg.warmup_steps, cfg.max_steps // 2)  # a short run gets over it, too
+    if step < warmup:
+        return cfg.learning_rate * (step + 1) / warmup
+    done = (step - warmup) / (cfg.max_steps - warmup)
     return cfg.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
 
 
