@@ -375,7 +375,7 @@ def read_checkpoint(path):
         if not zipfile.is_zipfile(path) and Path(path).is_file():
             raise ValueError("torch.save writes zip files")
         ckpt = torch.load(path, map_location="cpu", weights_only=True)
-        missing = {"model_file", "config", "tokenizer", "model", "optimizer", "step"} - set(ckpt)
+        missing = set("model_file config tokenizer model optimizer step best seconds".split()) - set(ckpt)
     except FileNotFoundError:
         sys.exit(f"{path}: no such checkpoint")
     except Exception as e:  # torch, zip and pickle each have their own for a damaged file
@@ -512,16 +512,16 @@ def train(cfg, options, ckpt, rank, world, local_rank):
     compiled = device.type == "cuda" if cfg.compile is None else cfg.compile
     fast = torch.compile(model) if compiled else model
 
-    def score(split, limit=None):
+    def score(split, limit=None, stride=None):
         """(nats a token, bits a byte) of a split, or of its first tokens at the whole split's bytes a token."""
-        eot, stride, counts = meta["eot"], options.stride, meta["splits"][split]
+        eot, counts = meta["eot"], meta["splits"][split]
         nats = evaluate(fast, splits[split], eot, cfg, model.ahead, amp, limit, stride, rank, world)
         return nats, nats / math.log(2) * counts["tokens"] / counts["bytes"]
 
     if options.eval_only:
         if options.split not in splits:
             sys.exit(f"--split {options.split}: {cfg.data} has {', '.join(splits)}")
-        (nats, bits), n = score(options.split), meta["splits"][options.split]
+        (nats, bits), n = score(options.split, stride=options.stride), meta["splits"][options.split]
         words = perplexity(nats * n["tokens"] / max(1, n["words"]))
         move = min(options.stride or cfg.block_size, cfg.block_size)
         say(f"{options.split}: {n['tokens']:,} tokens, in windows of {cfg.block_size} that move on by {move}")
@@ -550,9 +550,10 @@ def train(cfg, options, ckpt, rank, world, local_rank):
     def save(file):
         # Each step draws its batch and its dropout from (seed, step): that is all the state of randomness there is.
         state = {"model_file": name, "config": asdict(cfg), "tokenizer": tokenizer, "model": model.state_dict()}
-        state |= {"optimizer": optimizer.state_dict(), "step": step, "best": best, "seconds": seconds}
+        state |= {"optimizer": optimizer.state_dict(), "step": step, "rng": [cfg.seed, step]}
+        state |= {"best": best, "seconds": seconds}
         if rank == 0:
-            write_whole(out / file, lambda f: torch.save(state | {"rng": [cfg.seed, step]}, f))
+            write_whole(out / file, lambda f: torch.save(state, f))
 
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
@@ -649,11 +650,10 @@ def train(cfg, options, ckpt, rank, world, local_rank):
 
 def main(argv=None):
     cfg, options, ckpt = parse(argv)
-    rank, world, local_rank = (
-        int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
-    )
+    env = os.environ  # torchrun sets these
     try:
-        train(cfg, options, ckpt, rank, world, local_rank)
+        rank, world, local_rank = env.get("RANK", 0), env.get("WORLD_SIZE", 1), env.get("LOCAL_RANK", 0)
+        train(cfg, options, ckpt, int(rank), int(world), int(local_rank))
     except OSError as e:
         sys.exit(f"{e.filename or cfg.out}: {e.strerror or e}")
     finally:

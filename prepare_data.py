@@ -154,12 +154,9 @@ def find_files(name):
     path = Path(name)
     if not path.exists():
         sys.exit(f"{name}: neither a known data set (stdlib) nor a file or folder here.")
-    files = (
-        [path]
-        if path.is_file()
-        else sorted(p for p in path.rglob("*") if p.suffix in (".txt", ".jsonl") and p.is_file())
-    )
-    if not files or files[0].suffix not in (".txt", ".jsonl"):
+    candidates = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+    files = [p for p in candidates if p.suffix in (".txt", ".jsonl")]
+    if not files:
         sys.exit(f"{name}: no .txt or .jsonl {'in this folder' if path.is_dir() else 'file'}.")
     return files
 
@@ -341,7 +338,8 @@ def count_words(source):
     progress.end()
     for word in [w for w in words if len(w) > LONG_WORD]:
         freq = words.pop(word)
-        words.update({word[i : i + LONG_WORD]: freq for i in range(0, len(word), LONG_WORD)})
+        for i in range(0, len(word), LONG_WORD):
+            words[word[i : i + LONG_WORD]] += freq
     return words
 
 

@@ -70,7 +70,7 @@ def probabilities(logits, temperature=1.0, top_k=None, top_p=None):
     logits = logits / temperature
     if top_k is not None and top_k < logits.size(-1):
         kept, ids = logits.topk(top_k)  # exactly k, ties or not
-        logits = torch.full_like(logits, -torch.inf).scatter(-1, ids, kept)
+        logits = torch.full_like(logits, -math.inf).scatter(-1, ids, kept)
     probs = logits.softmax(-1)
     if top_p is not None:
         ranked, ids = probs.sort(dim=-1, descending=True, stable=True)
@@ -144,7 +144,7 @@ def beam_search(model, idx, max_new_tokens, width, length_penalty, eot, use_cach
                 done[b] = score, torch.cat([context.tokens[rows[b, k], prompt:], tokens[b, k, None]])
         if last:
             break
-        scores, keep = best.masked_fill(ends, -torch.inf).topk(width)
+        scores, keep = best.masked_fill(ends, -math.inf).topk(width)
         rows, tokens = rows.gather(1, keep).flatten(), tokens.gather(1, keep).flatten()
         context.select(rows)
         context.append(tokens[:, None])

@@ -597,6 +597,14 @@ def test_on_the_command_line_an_error_is_one_line_and_exit_code_1():
     assert "nope.txt" in result.stderr
 
 
+def test_a_word_too_long_to_merge_in_one_is_cut_and_every_part_counted(monkeypatch):
+    monkeypatch.setattr(prepare_data, "LONG_WORD", 4)
+    write("line.txt", "abcdabcdabcdab xy")
+    args = argparse.Namespace(field="text", val_fraction=0.0, errors="strict")
+    words = prepare_data.count_words(prepare_data.Source(prepare_data.find_files("line.txt"), args))
+    assert words == {"abcd": 3, "ab": 1, " xy": 1}
+
+
 # --- interruptions
 
 
