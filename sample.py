@@ -39,7 +39,7 @@ class Context:
     def __init__(self, model, tokens, use_cache=True):
         self.model, self.tokens, self.use_cache = model, tokens, use_cache
         self.block_size = model.cfg.block_size if hasattr(model, "cfg") else sys.maxsize  # no limit that we know of
-        self.start, self.cache = 0, None  # the window is tokens[:, start:]
+        self.start, self.cache = 0, model.new_cache(len(tokens))  # the window is tokens[:, start:]
 
     def logits(self):
         """Of the next `model.ahead` tokens, (B, ahead, V) float32."""
@@ -47,12 +47,12 @@ class Context:
         if T - self.start > self.block_size:
             # The window is full. Positions are part of what a cache holds, so it cannot slide by one token: read the
             # last half again in a new window, and the price is one such step in every block_size / 2.
-            self.start, self.cache = T - max(1, self.block_size // 2), None
+            self.start, self.cache = T - max(1, self.block_size // 2), self.model.new_cache(B)
         window = self.tokens[:, self.start :]
-        if not self.use_cache and window.size(1) >= self.model.ahead:
-            return self.model(window)[:, -self.model.ahead :].float()
-        if not self.use_cache or self.cache is None:
-            self.cache = self.model.new_cache(B)
+        if not self.use_cache:
+            if window.size(1) >= self.model.ahead:
+                return self.model(window)[:, -self.model.ahead :].float()
+            self.cache = self.model.new_cache(B)  # a cache gives the logits after a text shorter than `ahead`, too
         return self.model(window[:, self.cache.length :], cache=self.cache).float()
 
     def append(self, new):
@@ -61,8 +61,7 @@ class Context:
     def select(self, rows):
         """Makes row i what row rows[i] was."""
         self.tokens = self.tokens[rows]
-        if self.cache is not None:
-            self.cache.select(rows)
+        self.cache.select(rows)
 
 
 def probabilities(logits, temperature=1.0, top_k=None, top_p=None):
