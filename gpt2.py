@@ -241,11 +241,12 @@ class LinearCrossEntropy(torch.autograd.Function):
     matrix of a small model, and only a chunk of them ever exists. d loss / d logits = softmax - target."""
 
     @staticmethod
-    def forward(ctx, x, weight, targets, vocab_size, smoothing, training):
+    def forward(ctx, x, weight, bias, targets, vocab_size, smoothing, training):
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         loss, dx = x.new_zeros((), dtype=torch.float32), torch.empty_like(x) if training else None
         w, dw = weight.to(dtype), torch.zeros_like(weight) if training else None
+        db = torch.zeros_like(bias) if training and bias is not None else None
         share = (targets >= 0) / (targets >= 0).sum().clamp(min=1)  # (N), of each row in the mean; 0 for a target of -1
         rows = max(128, 2 ** (20 if kind == "cpu" else 27) // len(w))  # 4 MB of logits stay in a CPU's cache
         with torch.autocast(kind, enabled=False):
@@ -253,6 +254,8 @@ class LinearCrossEntropy(torch.autograd.Function):
                 part = slice(i, i + rows)
                 x_i, s_i, t_i = x[part].to(dtype), share[part, None], targets[part, None].clamp(min=0)
                 logits = (x_i @ w.T).float()  # (rows, V)
+                if bias is not None:
+                    logits += bias
                 logits[:, vocab_size:] = -math.inf  # padding is no token
                 logp = logits.log_softmax(-1)
                 nll = (smoothing - 1) * logp.gather(1, t_i)
@@ -266,20 +269,23 @@ class LinearCrossEntropy(torch.autograd.Function):
                     dx[part] = d @ w * s_i
                     scaled = (x_i * s_i).to(dtype)
                     dw.addmm_(d.T, scaled) if dtype == dw.dtype else dw.add_(d.T @ scaled)
-        ctx.save_for_backward(dx, dw)
+                    if bias is not None:
+                        db += (d.T @ s_i.to(dtype))[:, 0]
+        ctx.save_for_backward(dx, dw, db)
         return loss
 
     @staticmethod
     def backward(ctx, grad):
-        dx, dw = ctx.saved_tensors
-        return dx * grad, dw * grad, None, None, None, None
+        dx, dw, db = ctx.saved_tensors
+        return dx * grad, dw * grad, None if db is None else db * grad, None, None, None, None
 
 
-def linear_cross_entropy(x, weight, targets, vocab_size, smoothing=0.0):
-    """Mean cross-entropy, in nats, of the logits x @ weight.T. x (B, T, C), weight (V, C), targets (B, T), -1 where a
-    position does not count. Ids from vocab_size on are padding. smoothing: probability spread evenly over all ids."""
+def linear_cross_entropy(x, weight, targets, vocab_size, smoothing=0.0, bias=None):
+    """Mean cross-entropy, in nats, of the logits x @ weight.T + bias. x (B, T, C), weight (V, C), bias (V), targets
+    (B, T), -1 where a position does not count. Ids from vocab_size on are padding. smoothing: probability spread evenly
+    over all ids."""
     training = torch.is_grad_enabled()
-    return LinearCrossEntropy.apply(x.flatten(0, 1), weight, targets.flatten(), vocab_size, smoothing, training)
+    return LinearCrossEntropy.apply(x.flatten(0, 1), weight, bias, targets.flatten(), vocab_size, smoothing, training)
 
 
 def windows(tokens, starts, length, eot):
@@ -451,7 +457,7 @@ def parse(argv):
     parser.add_argument("--stride", type=int, help="with --eval-only: score the last STRIDE targets of each window")
     comments = dict(re.findall(r"^    (\w+):.*?  # (.*)$", inspect.getsource(Config), re.M))
     for f in fields(Config):
-        kind = {"action": argparse.BooleanOptionalAction} if f.type == bool | None else {"type": f.type}
+        kind = {"action": argparse.BooleanOptionalAction} if f.type in (bool, bool | None) else {"type": f.type}
         about = f"{comments[f.name]} (default: {f.default})".replace("%", "%%")
         parser.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS, help=about, **kind)
     options = parser.parse_args(argv)

@@ -1,0 +1,701 @@
+"""Attention Is All You Need, by hand: a decoder-only transformer out of matrix products, softmax and nothing borrowed.
+
+    idx (B, T)
+      |   sqrt(C) embedding[idx] + sines and cosines of the position        3.4, 3.5
+      v
+    x (B, T, C) --+----------------+--> (+) --> LayerNorm --> x              n_layer times: post-norm, 3.1
+                  |                |
+                  +-> attention ---+        softmax(Q K^T / sqrt(d_k)) V     3.2.1, equation 1; heads: 3.2.2
+                  +-> feed-forward +        max(0, x W_1 + b_1) W_2 + b_2    3.3, equation 2
+      |
+      v   head, a matrix of its own with a bias
+    logits (B, T, V)
+
+The numbers are sections and equations of Vaswani et al. 2017, arXiv 1706.03762, which all of it follows: also the
+warm-up and inverse square root of the learning rate (5.3, equation 3), Adam with beta_2 = 0.98, label smoothing (5.4).
+
+Source: github.com/jrussell25/scratch-former, which built this model to learn from it: 4 layers, width 512, 256 tokens.
+Its sinusoids lack the division by d_model, so that 2 of 512 columns vary with the position. Its perplexity of 34.4 on
+WikiText-2 is that of the last token of disjoint windows, some 960 tokens in all. --eval-only --stride 1 scores each
+token once, with a full window before it, and says what it is per token, per word and per byte. From its list of things
+to do next: prompts of any length and padded batches; a KV cache beside fixed sinusoids (a position is added before the
+first layer, so cached keys keep theirs); mixed precision; multi-query attention (--n-kv-head 1); data parallelism.
+
+    python scratch_former.py --preset demo                               three minutes on a laptop's CPU
+    python scratch_former.py --device cuda --data data/wikitext2         the source's size on one GPU
+
+In the diff with gpt2.py: attention without a fused kernel, norms after the sums, sinusoids, Adam and its schedule.
+"""
+
+import argparse
+import ctypes
+import inspect
+import json
+import math
+import os
+import re
+import signal
+import sys
+import time
+import zipfile
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+@dataclass
+class Config:
+    # The network. A checkpoint fixes these; what follows may change when a run is resumed.
+    vocab_size: int = 50257  # token ids; a new run takes the number of its data set
+    block_size: int = 256  # longest context, in tokens
+    n_layer: int = 4  # blocks
+    n_head: int = 8  # heads of queries
+    n_kv_head: int = 0  # heads of keys and values that these share, evenly; 1: multi-query; 0: as many as n_head
+    n_embd: int = 512  # width of the stream, in channels: d_model
+    n_ff: int = 1024  # hidden units of the feed-forward network: d_ff
+    dropout: float = 0.0  # probability, at the embedding and the end of each sublayer
+    # The run.
+    data: str = "data/stdlib"  # folder that prepare_data.py wrote
+    out: str = "out/scratch_former"  # folder for ckpt.pt, best.pt and log.csv
+    device: str = "auto"  # cpu, cuda, cuda:1, mps; auto takes a CUDA GPU if there is one
+    dtype: str = "auto"  # float32 or bfloat16 (autocast); auto takes bfloat16 where the device computes in it
+    compile: bool | None = None  # torch.compile; when not given, on CUDA alone
+    seed: int = 1337  # of weights, batches and dropout
+    max_steps: int = 200_000  # optimizer steps
+    batch_size: int = 10  # sequences an optimizer step, over all devices
+    micro_batch: int = 10  # sequences a forward pass on one device; gradients add up to batch_size
+    eval_interval: int = 500  # steps between evaluations, each followed by a checkpoint
+    eval_tokens: int = 2**16  # tokens at the start of val.bin that these evaluations score; the last scores all
+    log_interval: int = 10  # steps between lines of log.csv
+    learning_rate: float = 0.0  # its peak; 0: the paper's, (n_embd x warmup_steps) ** -0.5
+    warmup_steps: int = 4000  # steps of linear warm-up, before the inverse square root of the step
+    label_smoothing: float = 0.1  # part of each target that is spread over all ids, in training alone
+    grad_clip: float = 1.0  # largest norm of the gradient
+
+
+PRESETS = {
+    "demo": dict(n_layer=2, n_head=4, n_embd=128, n_ff=512, batch_size=8, micro_batch=8, max_steps=950,
+                 eval_interval=250, log_interval=50, warmup_steps=200),
+}  # fmt: skip
+
+
+class Cache:
+    """Keys and values of the tokens fed so far, (n_layer, B, n_kv_head, block_size, head size) each, `length` filled,
+    and how many of these are padding, (B), if any."""
+
+    def __init__(self, cfg, batch_size, like):
+        shape = (cfg.n_layer, batch_size, cfg.n_kv_head or cfg.n_head, cfg.block_size, cfg.n_embd // cfg.n_head)
+        self.k, self.v = like.new_empty(shape), like.new_empty(shape)
+        self.length, self.pad = 0, None
+
+    def append(self, layer, k, v):
+        """Stores a layer's new keys and values (B, nh, T, hs); returns those of all tokens (B, nh, length + T, hs)."""
+        end = self.length + k.size(2)
+        self.k[layer, :, :, self.length : end] = k
+        self.v[layer, :, :, self.length : end] = v
+        return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
+
+    def select(self, rows):
+        """Makes row i of the batch what row rows[i] was: keeps, repeats or reorders them."""
+
+        def move(old):
+            new = old.new_empty(old.size(0), len(rows), *old.shape[2:])
+            new[:, :, :, : self.length] = old[:, rows, :, : self.length]
+            return new
+
+        self.k, self.v = move(self.k), move(self.v)
+        self.pad = self.pad[rows] if self.pad is not None else None
+
+
+def positions(length, n_embd):
+    """The table of positional encodings, (length, C) float32, computed in float64 (3.5):
+    PE[pos, 2i] = sin(pos / 10000^(2i / C)), PE[pos, 2i + 1] = cos(pos / 10000^(2i / C))."""
+    angle = torch.arange(length).double()[:, None] / 10_000 ** (torch.arange(0, n_embd, 2).double() / n_embd)
+    return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(1).float()
+
+
+class Attention(nn.Module):
+    """Causal multi-head attention (3.2.2): each head looks for tokens whose keys fit its queries, and takes a mean of
+    their values. Several heads of queries may share keys and values (Shazeer 2019, arXiv 1911.02150; Ainslie et al.
+    2023, arXiv 2305.13245): fewer of these to compute and to cache."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.n_head, self.n_kv_head = cfg.n_head, cfg.n_kv_head or cfg.n_head
+        self.d_k = cfg.n_embd // cfg.n_head
+        self.w_q = nn.Linear(cfg.n_embd, cfg.n_embd)
+        self.w_k = nn.Linear(cfg.n_embd, self.n_kv_head * self.d_k)
+        self.w_v = nn.Linear(cfg.n_embd, self.n_kv_head * self.d_k)
+        self.w_o = nn.Linear(cfg.n_embd, cfg.n_embd)
+
+    def forward(self, x, mask, cache=None, layer=0):
+        B, T, C = x.shape
+        q, k, v = (w(x).view(B, T, -1, self.d_k).transpose(1, 2) for w in (self.w_q, self.w_k, self.w_v))
+        if cache is not None:
+            k, v = cache.append(layer, k, v)  # S = tokens before + T of them
+        # G heads of queries that share keys stand one below the other, like more queries of one head.
+        q = q.reshape(B * self.n_kv_head, -1, self.d_k)  # (B n_kv_head, G T, d_k)
+        k, v = k.flatten(0, 1), v.flatten(0, 1)  # (B n_kv_head, S, d_k)
+        # Equation 1. The mask is what the product is added to and the scale a factor of it: neither costs a pass.
+        scores = torch.baddbmm(mask, q, k.mT, alpha=1 / math.sqrt(self.d_k))  # (B n_kv_head, G T, S)
+        y = scores.softmax(dim=-1) @ v  # (B n_kv_head, G T, d_k)
+        return self.w_o(y.view(B, self.n_head, T, self.d_k).transpose(1, 2).reshape(B, T, C))
+
+
+class FeedForward(nn.Module):
+    """Two linear maps with a ReLU between (3.3, equation 2)."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.w_1 = nn.Linear(cfg.n_embd, cfg.n_ff)
+        self.w_2 = nn.Linear(cfg.n_ff, cfg.n_embd)
+
+    def forward(self, x):
+        return self.w_2(F.relu(self.w_1(x)))
+
+
+class Block(nn.Module):
+    """LayerNorm(x + Sublayer(x)), twice (3.1): the norm comes after the sum."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.attn, self.ln_1 = Attention(cfg), nn.LayerNorm(cfg.n_embd)
+        self.ff, self.ln_2 = FeedForward(cfg), nn.LayerNorm(cfg.n_embd)
+        self.drop = nn.Dropout(cfg.dropout)  # of each sublayer's output, before the sum (5.4)
+
+    def forward(self, x, mask, cache=None, layer=0):
+        x = self.ln_1(x + self.drop(self.attn(x, mask, cache, layer)))
+        return self.ln_2(x + self.drop(self.ff(x)))
+
+
+class Model(nn.Module):
+    """A decoder-only transformer. model(idx) -> logits (B, T, V); model(idx, targets) -> mean cross-entropy in nats, a
+    scalar, with smoothed labels in training; model(idx, cache=cache) -> logits (B, 1, V) for the token after idx, which
+    continues what the cache has seen. Texts of different lengths share a batch if they are padded on the left: lengths
+    (B) says how many tokens at the end of each row are text, and each row gets the logits that it has alone.
+    Raises ValueError if the heads do not divide the width, or a text is longer than block_size."""
+
+    ahead = 1  # row i of the logits scores token i + ahead
+
+    def __init__(self, cfg):
+        super().__init__()
+        n_kv_head = cfg.n_kv_head or cfg.n_head
+        if cfg.n_embd % cfg.n_head or cfg.n_embd % 2:
+            raise ValueError(f"n_embd {cfg.n_embd} is not an even multiple of n_head {cfg.n_head}")
+        if n_kv_head < 1 or cfg.n_head % n_kv_head:
+            raise ValueError(f"n_head {cfg.n_head} is not a multiple of n_kv_head {n_kv_head}")
+        self.cfg, self.n_kv_head = cfg, n_kv_head
+        padded = math.ceil(cfg.vocab_size / 64) * 64  # matrix products like round sizes; no one sees the extra ids
+        self.embedding = nn.Embedding(padded, cfg.n_embd)
+        self.register_buffer("positions", positions(cfg.block_size, cfg.n_embd), persistent=False)
+        self.drop = nn.Dropout(cfg.dropout)
+        self.h = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layer))
+        self.head = nn.Linear(cfg.n_embd, padded)
+        for name, p in self.named_parameters():
+            if "embedding" in name:
+                nn.init.normal_(p, std=cfg.n_embd**-0.5)  # times sqrt(C): as large as the sinusoids
+            elif p.dim() == 2:
+                nn.init.xavier_uniform_(p)
+            elif name.endswith("bias"):
+                nn.init.zeros_(p)
+
+    def mask(self, T, S, pad):
+        """What is added to the scores, 0 or -inf, (1 or B n_kv_head, G T, S): query t stands at position S - T + t and
+        sees the keys up to there, but none of the first pad[b] of row b."""
+        key = torch.arange(S, device=self.positions.device)
+        query = key[S - T :, None]
+        unseen = (key > query)[None]  # (1, T, S)
+        if pad is not None:  # padding sees itself: a softmax needs one key
+            unseen = unseen | (key < pad[:, None, None]) & (key != query)  # (B, T, S)
+            unseen = unseen.repeat_interleave(self.n_kv_head, dim=0)
+        mask = self.positions.new_zeros(unseen.shape).masked_fill(unseen, -math.inf)
+        return mask.repeat(1, self.cfg.n_head // self.n_kv_head, 1)
+
+    def forward(self, idx, targets=None, cache=None, lengths=None):
+        T, past = idx.size(1), cache.length if cache is not None else 0
+        if past + T > self.cfg.block_size:
+            raise ValueError(f"{past + T} tokens do not fit block_size {self.cfg.block_size}")
+        pad = cache.pad if past else None if lengths is None else T - lengths
+        position = torch.arange(past, past + T, device=idx.device)
+        if pad is not None:
+            position = (position - pad[:, None]).clamp(min=0)  # (B, T)
+        x = self.drop(math.sqrt(self.cfg.n_embd) * self.embedding(idx) + self.positions[position])  # (B, T, C)
+        mask = self.mask(T, past + T, pad)
+        for layer, block in enumerate(self.h):
+            x = block(x, mask, cache, layer)
+        if cache is not None:
+            cache.length, cache.pad = past + T, pad
+            x = x[:, -self.ahead :]
+        if targets is not None:
+            smoothing = self.cfg.label_smoothing if self.training else 0.0
+            return linear_cross_entropy(x, self.head.weight, targets, self.cfg.vocab_size, smoothing, self.head.bias)
+        return self.head(x)[..., : self.cfg.vocab_size]  # (B, T, V)
+
+    def new_cache(self, batch_size):
+        return Cache(self.cfg, batch_size, self.positions)
+
+
+# What the training below asks of each file: an optimizer, a learning rate for each step, and whether to grow.
+
+
+def configure_optimizer(model, cfg):
+    """Adam (Kingma and Ba 2015) with the betas and epsilon of 5.3."""
+    return torch.optim.Adam(model.parameters(), betas=(0.9, 0.98), eps=1e-9, fused=True)
+
+
+def learning_rate(step, cfg):
+    """Of the step after `step` steps. Equation 3 of 5.3: n_embd^-0.5 min(s^-0.5, s warmup^-1.5), s counting from 1; its
+    peak, (n_embd warmup)^-0.5 at s = warmup, may be set to another value."""
+    warmup = min(cfg.warmup_steps, cfg.max_steps // 2)  # a short run gets over it, too
+    peak = cfg.learning_rate or (cfg.n_embd * max(1, warmup)) ** -0.5
+    s = (step + 1) / max(1, warmup)
+    return peak * min(s**-0.5, s)
+
+
+def grow(model, optimizer, cfg, step):
+    """Called before each step and after the last. Returns True if it changed the network: this one stays as it is."""
+    return False
+
+
+# --- training: the same lines in every model file ---
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """The head's product, the softmax and their gradients, some rows at a time: the (B T, V) logits are the largest
+    matrix of a small model, and only a chunk of them ever exists. d loss / d logits = softmax - target."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, targets, vocab_size, smoothing, training):
+        kind = x.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        loss, dx = x.new_zeros((), dtype=torch.float32), torch.empty_like(x) if training else None
+        w, dw = weight.to(dtype), torch.zeros_like(weight) if training else None
+        db = torch.zeros_like(bias) if training and bias is not None else None
+        share = (targets >= 0) / (targets >= 0).sum().clamp(min=1)  # (N), of each row in the mean; 0 for a target of -1
+        rows = max(128, 2 ** (20 if kind == "cpu" else 27) // len(w))  # 4 MB of logits stay in a CPU's cache
+        with torch.autocast(kind, enabled=False):
+            for i in range(0, len(x), rows):
+                part = slice(i, i + rows)
+                x_i, s_i, t_i = x[part].to(dtype), share[part, None], targets[part, None].clamp(min=0)
+                logits = (x_i @ w.T).float()  # (rows, V)
+                if bias is not None:
+                    logits += bias
+                logits[:, vocab_size:] = -math.inf  # padding is no token
+                logp = logits.log_softmax(-1)
+                nll = (smoothing - 1) * logp.gather(1, t_i)
+                if smoothing:  # Szegedy et al. 2016, section 7: this part of each target is spread over all ids
+                    nll -= smoothing * logp[:, :vocab_size].mean(-1, keepdim=True)
+                loss += (nll * s_i).sum()
+                if training:
+                    d = logp.exp_().to(dtype).scatter_add_(1, t_i, x_i.new_full(t_i.shape, smoothing - 1))
+                    if smoothing:
+                        d[:, :vocab_size] -= smoothing / vocab_size
+                    dx[part] = d @ w * s_i
+                    scaled = (x_i * s_i).to(dtype)
+                    dw.addmm_(d.T, scaled) if dtype == dw.dtype else dw.add_(d.T @ scaled)
+                    if bias is not None:
+                        db += (d.T @ s_i.to(dtype))[:, 0]
+        ctx.save_for_backward(dx, dw, db)
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad):
+        dx, dw, db = ctx.saved_tensors
+        return dx * grad, dw * grad, None if db is None else db * grad, None, None, None, None
+
+
+def linear_cross_entropy(x, weight, targets, vocab_size, smoothing=0.0, bias=None):
+    """Mean cross-entropy, in nats, of the logits x @ weight.T + bias. x (B, T, C), weight (V, C), bias (V), targets
+    (B, T), -1 where a position does not count. Ids from vocab_size on are padding. smoothing: probability spread evenly
+    over all ids."""
+    training = torch.is_grad_enabled()
+    return LinearCrossEntropy.apply(x.flatten(0, 1), weight, bias, targets.flatten(), vocab_size, smoothing, training)
+
+
+def windows(tokens, starts, length, eot):
+    """tokens[s : s + length] for each s of starts, as (len(starts), length) int64. Before a text stands end of text."""
+    rows = [np.concatenate([np.full(max(0, -s), eot), tokens[max(0, s) : s + length]]) for s in starts]
+    return torch.from_numpy(np.stack(rows).astype(np.int64))
+
+
+def batch(tokens, cfg, ahead, step, rank, world):
+    """This rank's rows of the batch of a step, idx and targets, (rows, block_size) each. A pure function of seed and
+    step: whoever resumes, or shares the work among more devices, sees the same data."""
+    length = cfg.block_size + ahead
+    starts = np.random.default_rng([cfg.seed, step]).integers(len(tokens) - length + 1, size=cfg.batch_size)
+    rows = windows(tokens, starts[rank::world], length, 0)
+    return rows[:, :-ahead], rows[:, ahead:]
+
+
+@torch.no_grad()
+def evaluate(model, tokens, eot, cfg, ahead, amp, limit=None, stride=None, rank=0, world=1):
+    """Mean nats a token over tokens[:limit], each scored once. A window of block_size tokens moves on by `stride`
+    (block_size if not given) and only what is new in it is scored: a short stride gives every token more context."""
+    n, stride = min(len(tokens), limit or len(tokens)), min(stride or cfg.block_size, cfg.block_size)
+    length = min(n, cfg.block_size)
+    ends = [0, length]
+    while ends[-1] < n:
+        ends.append(min(ends[-1] + stride, n))
+    total, device = torch.zeros((), dtype=torch.float64), next(model.parameters()).device
+    model.eval()
+    for i in range(1 + rank * cfg.micro_batch, len(ends), world * cfg.micro_batch):
+        part = range(i, min(i + cfg.micro_batch, len(ends)))
+        rows = windows(tokens, [ends[k] - length - ahead for k in part], length + ahead, eot)
+        new = torch.tensor([ends[k] - ends[k - 1] for k in part])[:, None]
+        targets = rows[:, ahead:].where(torch.arange(length) >= length - new, -1)
+        with amp:
+            total += model(rows[:, :-ahead].to(device), targets.to(device)).item() * new.sum()
+    model.train()
+    if world > 1:
+        total = total.to(device)
+        dist.all_reduce(total)
+    return total.item() / n
+
+
+def perplexity(nats):
+    return math.exp(min(nats, 700))  # e**700 is about what a float holds
+
+
+def open_data(folder):
+    """A data set: (meta.json, what a checkpoint says of its tokenizer, memory map of each split). Exits with one line
+    if a part is missing or does not fit the others."""
+    folder, splits = Path(folder), {}
+    again = f"Prepare it again: python prepare_data.py {folder.name}"
+    if not folder.is_dir():
+        sys.exit(f"--data {folder}: no such folder. To make it: python prepare_data.py {folder.name}")
+    try:
+        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        tokenizer = {"name": meta["tokenizer"], "eot": meta["eot"], "vocab_size": meta["vocab_size"], "ranks": ""}
+        if meta["tokenizer"].startswith("bpe:"):
+            tokenizer["ranks"] = (folder / "tokenizer.tiktoken").read_text(encoding="utf-8")
+        for split, counts in meta["splits"].items():
+            path, n = folder / f"{split}.bin", int(counts["tokens"])
+            if (size := path.stat().st_size) != 2 * n or n < 1 or counts["bytes"] < 1 or counts["words"] < 0:
+                sys.exit(f"{path} has {size:,} bytes, but meta.json says {n:,} tokens of 2 bytes. {again}")
+            splits[split] = np.memmap(path, dtype="<u2", mode="r")
+            if (top := splits[split].max()) >= meta["vocab_size"]:
+                sys.exit(f"{path} holds id {top}, but meta.json says {meta['vocab_size']:,} ids in all. {again}")
+        if "train" not in splits or not 0 <= meta["eot"] < meta["vocab_size"]:
+            raise ValueError("no train split, or an end-of-text id beyond the vocabulary")
+    except FileNotFoundError as e:
+        sys.exit(f"{e.filename} is missing. {again}")
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        sys.exit(f"{folder / 'meta.json'} is not as prepare_data.py writes it ({type(e).__name__}: {e}). {again}")
+    return meta, tokenizer, splits
+
+
+def write_whole(path, write):
+    """Has write(file) fill a temporary file, then gives it its name: what stood there stays whole until then."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except RuntimeError as e:  # what torch.save makes of a full disk
+        raise OSError(0, "could not be written; is the disk full?", str(path)) from e
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_checkpoint(path):
+    """The dict that one of the model files saved; nothing in it is executed. Exits with one line if it is not one."""
+    try:
+        if not zipfile.is_zipfile(path) and Path(path).is_file():
+            raise ValueError("torch.save writes zip files")
+        ckpt = torch.load(path, map_location="cpu", weights_only=True)
+        missing = set("model_file config tokenizer model optimizer step best seconds".split()) - set(ckpt)
+    except FileNotFoundError:
+        sys.exit(f"{path}: no such checkpoint")
+    except Exception as e:  # torch, zip and pickle each have their own for a damaged file
+        sys.exit(f"{path}: cut short, damaged, or not a checkpoint ({type(e).__name__})")
+    if missing:
+        sys.exit(f"{path}: not a checkpoint of this repository (it has no {', '.join(sorted(missing))})")
+    return ckpt
+
+
+def open_log(path, step):
+    """log.csv up to `step`; returns a function that appends a row. What came after `step` will be written again."""
+    header = "step,tokens,train_loss,val_loss,val_bits_per_byte,lr,grad_norm,tokens_per_s,seconds"
+    lines = path.read_text(encoding="utf-8").splitlines()[1:] if path.exists() else []
+    lines = [line for line in lines if line.count(",") == header.count(",") and int(line.split(",")[0]) <= step]
+    write_whole(path, lambda file: file.write("".join(line + "\n" for line in [header, *lines]).encode()))
+
+    def append(*cells):
+        with open(path, "a", encoding="utf-8", newline="") as file:
+            text = ("" if c is None else f"{c:.9g}" if isinstance(c, float) else str(c) for c in cells)
+            file.write(",".join(text) + "\n")
+
+    return append
+
+
+def choose_device(cfg, local_rank):
+    """(device, dtype to compute in). bfloat16 pays on GPUs from Ampere on, and on CPUs with AMX or AVX512-BF16."""
+    try:
+        kind = cfg.device if cfg.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+        device = torch.device(f"cuda:{local_rank}" if kind == "cuda" else kind)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as e:
+        sys.exit(f"--device {cfg.device}: not to be had here ({str(e).splitlines()[0]}). Try --device cpu")
+    bf16 = False
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")  # TF32 for what stays float32
+        bf16 = torch.cuda.get_device_capability() >= (8, 0)
+    elif device.type == "cpu" and sys.platform == "linux":
+        bf16 = re.search("amx_bf16|avx512_bf16", Path("/proc/cpuinfo").read_text(encoding="utf-8")) is not None
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "mallopt"):  # else glibc gives freed memory back, and the kernel zeroes it at every step
+            libc.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD: blocks of up to 32 MB come from the heap,
+            libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: which keeps up to 2 GB of them
+    return device, getattr(torch, cfg.dtype if cfg.dtype != "auto" else "bfloat16" if bf16 else "float32")
+
+
+# Dense bfloat16 peak in FLOP/s, from the makers' data sheets, by a part of the device's name.
+PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12, "3090": 71e12}
+
+
+def flops_per_token(model, cfg):
+    """Floating point operations of one training step for one token, counted while one sequence goes through it."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    idx = torch.zeros(1, cfg.block_size, dtype=torch.long, device=next(model.parameters()).device)
+    with FlopCounterMode(display=False) as counter:
+        model(idx, idx).backward()
+    model.zero_grad(set_to_none=True)
+    return counter.get_total_flops() / cfg.block_size
+
+
+def parse(argv):
+    """The command line as (cfg, options that are not in Config, checkpoint to start from or None). A field of Config
+    comes from the command line, else from the preset, else from the checkpoint, else it has its default."""
+    name = Path(__file__).name
+    parser = argparse.ArgumentParser(name, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: sys.exit(f"{name}: {message} (--help lists all options)")
+    parser.add_argument("--preset", choices=PRESETS, help="a named size with its training")
+    parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
+    parser.add_argument("--init-from", metavar="CKPT", help="start from its weights, with a fresh optimizer")
+    parser.add_argument("--eval-only", action="store_true", help="score ckpt.pt in --out, or --init-from, and stop")
+    parser.add_argument("--split", default="val", help="with --eval-only: train, val or test (default: val)")
+    parser.add_argument("--stride", type=int, help="with --eval-only: score the last STRIDE targets of each window")
+    comments = dict(re.findall(r"^    (\w+):.*?  # (.*)$", inspect.getsource(Config), re.M))
+    for f in fields(Config):
+        kind = {"action": argparse.BooleanOptionalAction} if f.type in (bool, bool | None) else {"type": f.type}
+        about = f"{comments[f.name]} (default: {f.default})".replace("%", "%%")
+        parser.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS, help=about, **kind)
+    options = parser.parse_args(argv)
+    names = [f.name for f in fields(Config)]
+    given = {**PRESETS.get(options.preset, {}), **{k: v for k, v in vars(options).items() if k in names}}
+    ckpt, inherited = None, {}
+    if options.init_from or options.resume or options.eval_only:
+        path = options.init_from or Path(given.get("out", Config.out), "ckpt.pt")
+        ckpt = read_checkpoint(path)
+        if ckpt["model_file"] != name:
+            sys.exit(f"{path} was written by {ckpt['model_file']}: use that file, or name another checkpoint")
+        then, network = ckpt["config"], names[: names.index("dropout")]
+        for k in network:
+            if given.get(k, then.get(k)) != then.get(k):
+                sys.exit(f"{path} has {k} {then.get(k)}, not {given[k]}: a checkpoint fixes the network")
+        keep = set(names) - {"out", "device", "compile"} if options.resume or options.eval_only else set(network)
+        inherited = {k: v for k, v in then.items() if k in keep}  # a field that is newer than it has its default
+    cfg = Config(**{**inherited, **given})
+    positive = "block_size n_embd n_head batch_size micro_batch eval_interval eval_tokens log_interval"
+    for k in positive.split():
+        if getattr(cfg, k) < 1:
+            parser.error(f"--{k.replace('_', '-')} {getattr(cfg, k)} is less than 1")
+    if cfg.dtype not in ("auto", "float32", "bfloat16"):
+        parser.error(f"--dtype {cfg.dtype} is none of auto, float32, bfloat16")
+    if options.stride is not None and options.stride < 1:
+        parser.error(f"--stride {options.stride} is less than 1")
+    return cfg, options, ckpt
+
+
+def train(cfg, options, ckpt, rank, world, local_rank):
+    """Trains, resumes or evaluates, as the command line says. One of these runs in each of `world` processes."""
+    out, name = Path(cfg.out), Path(__file__).name
+    say = print if rank == 0 else lambda *args: None
+    if not (options.resume or options.eval_only) and any((out / f).exists() for f in ("ckpt.pt", "log.csv")):
+        sys.exit(f"{out} holds a run already: --resume goes on with it, --out FOLDER starts another")
+    device, dtype = choose_device(cfg, local_rank)
+    if world > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+
+    # The data, and a network for it.
+    meta, tokenizer, splits = open_data(cfg.data)
+    if ckpt is None:
+        cfg.vocab_size = getattr(options, "vocab_size", meta["vocab_size"])
+        if cfg.vocab_size != meta["vocab_size"]:
+            sys.exit(f"--vocab-size {cfg.vocab_size}: {cfg.data} has {meta['vocab_size']} ids")
+    elif ckpt["tokenizer"] != tokenizer:
+        theirs = ckpt["tokenizer"]["name"]
+        sys.exit(f"--data {cfg.data} ({tokenizer['name']}) has other ids than the checkpoint ({theirs})")
+    torch.manual_seed(cfg.seed)
+    try:
+        model = Model(cfg)
+        if ckpt:
+            model.load_state_dict(ckpt["model"])
+    except (ValueError, RuntimeError) as e:  # a Config that makes no network; weights that are another's
+        sys.exit(f"{name}: {' '.join(str(e).split())[:200]}")
+    model.to(device)
+    amp = torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
+    compiled = device.type == "cuda" if cfg.compile is None else cfg.compile
+    fast = torch.compile(model) if compiled else model
+
+    def score(split, limit=None, stride=None):
+        """(nats a token, bits a byte) of a split, or of its first tokens at the whole split's bytes a token."""
+        eot, counts = meta["eot"], meta["splits"][split]
+        nats = evaluate(fast, splits[split], eot, cfg, model.ahead, amp, limit, stride, rank, world)
+        return nats, nats / math.log(2) * counts["tokens"] / counts["bytes"]
+
+    if options.eval_only:
+        if options.split not in splits:
+            sys.exit(f"--split {options.split}: {cfg.data} has {', '.join(splits)}")
+        (nats, bits), n = score(options.split, stride=options.stride), meta["splits"][options.split]
+        words = perplexity(nats * n["tokens"] / max(1, n["words"]))
+        move = min(options.stride or cfg.block_size, cfg.block_size)
+        say(f"{options.split}: {n['tokens']:,} tokens, in windows of {cfg.block_size} that move on by {move}")
+        say(f"{nats:.4f} nats a token, {bits:.4f} bits a byte")
+        say(f"perplexity: {perplexity(nats):.3f} a token, {words:.3f} a word, {2**bits:.4f} a byte")
+        return
+    if len(splits["train"]) < cfg.block_size + model.ahead:
+        n = len(splits["train"])
+        sys.exit(f"{cfg.data}/train.bin has {n:,} tokens, fewer than one window of {cfg.block_size} + {model.ahead}")
+    if cfg.batch_size < world:
+        sys.exit(f"--batch-size {cfg.batch_size}: each of {world} devices needs a sequence")
+
+    # What a step needs, and where it starts.
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    peak = next((flops for part, flops in PEAK_FLOPS.items() if part in gpu), None)
+    flops = flops_per_token(model, cfg) if peak else None
+    optimizer = configure_optimizer(model, cfg)
+    step, best, seconds = 0, math.inf, 0.0  # seconds: spent on steps, not on evaluations
+    if options.resume:
+        step, best, seconds = ckpt["step"], ckpt["best"], ckpt["seconds"]
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": ckpt["optimizer"]["state"]})
+    n_params, per_step = sum(p.numel() for p in model.parameters()), cfg.batch_size * cfg.block_size
+    how = f"{gpu or device} x {world}, {str(dtype)[6:]}{', compiled' * compiled}"
+    say(f"{name}: {n_params:,} parameters, {per_step:,} tokens a step, {how}, {cfg.data} -> {out}")
+
+    def save(file):
+        # Each step draws its batch and its dropout from (seed, step): that is all the state of randomness there is.
+        state = {"model_file": name, "config": asdict(cfg), "tokenizer": tokenizer, "model": model.state_dict()}
+        state |= {"optimizer": optimizer.state_dict(), "step": step, "rng": [cfg.seed, step]}
+        state |= {"best": best, "seconds": seconds}
+        if rank == 0:
+            write_whole(out / file, lambda f: torch.save(state, f))
+
+    if rank == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        if not options.resume:
+            save("ckpt.pt")  # from here on there is something to resume
+        log = open_log(out / "log.csv", step)
+
+    def fetch(step):
+        """This rank's micro-batches of a step, on their way to the device."""
+        rows = batch(splits["train"], cfg, model.ahead, step, rank, world)
+        if device.type == "cuda":
+            rows = [t.pin_memory() for t in rows]
+        idx, targets = (t.to(device, non_blocking=True) for t in rows)
+        return list(zip(idx.split(cfg.micro_batch), targets.split(cfg.micro_batch)))
+
+    signals, handlers = [], {}  # Ctrl-C and SIGTERM let the step finish and save; a second one ends it there
+
+    def on_signal(number, frame):
+        signals.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        handlers[number] = signal.signal(number, on_signal)
+
+    # The loop.
+    model.train()
+    first, replica, stopped, data, mark = step, None, False, fetch(step), (step, seconds)
+    while not stopped:
+        if grow(model, optimizer, cfg, step) or replica is None:
+            fast = torch.compile(model) if compiled else model
+            replica = nn.parallel.DistributedDataParallel(fast) if world > 1 else fast
+        if step >= cfg.max_steps:
+            break
+        start = time.perf_counter()
+        torch.manual_seed(int(np.random.SeedSequence([cfg.seed, step, rank]).generate_state(1)[0]))  # of dropout
+        lr = learning_rate(step, cfg)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        loss = torch.zeros((), device=device)
+        for i, (idx, targets) in enumerate(data):
+            # Processes exchange gradients in the backward pass of the last micro-batch alone.
+            with replica.no_sync() if world > 1 and i < len(data) - 1 else nullcontext():
+                with amp:
+                    part = replica(idx, targets) * (len(idx) * world / cfg.batch_size)
+                part.backward()
+            loss += part.detach()
+        norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
+        data = fetch(step + 1)  # while a GPU is still computing
+        report = torch.stack([loss / world, torch.tensor(float(len(signals)), device=device)])
+        if world > 1:
+            dist.all_reduce(report)
+        loss, stopped, norm = *report.tolist(), norm.item()
+        if not math.isfinite(loss + norm):
+            sys.exit(f"step {step + 1}: loss {loss}, gradient norm {norm}; the step was not taken. The last good "
+                     f"checkpoint is {out / 'ckpt.pt'}: --resume with a lower --learning-rate")  # fmt: skip
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        step, seconds = step + 1, seconds + time.perf_counter() - start
+
+        val = bits = None
+        evaluating = step % cfg.eval_interval == 0 or step == cfg.max_steps
+        if evaluating and "val" in splits:
+            val, bits = score("val", cfg.eval_tokens)
+            say(f"step {step:,}: validation loss {val:.4f}, perplexity {perplexity(val):.2f}, {bits:.4f} bits a byte")
+            if val < best:
+                best = val
+                save("best.pt")
+            if step == cfg.max_steps and len(splits["val"]) > cfg.eval_tokens:
+                val, bits = score("val")
+        if step % cfg.log_interval == 0 or evaluating or stopped:
+            per_second = (step - mark[0]) * per_step / (seconds - mark[1])
+            left = time.strftime("%H:%M:%S", time.gmtime((cfg.max_steps - step) * per_step / per_second))
+            mfu = f"  MFU {per_second * flops / peak / world:.1%}" if peak else ""
+            say(f"step {step:>6,}/{cfg.max_steps:,}  loss {loss:.4f}  lr {lr:.2e}  norm {norm:.2f}"
+                f"  {per_second:>9,.0f} tokens/s{mfu}  {left} left")  # fmt: skip
+            if rank == 0:
+                log(step, step * per_step, loss, val, bits, lr, norm, per_second, seconds)
+            mark = (step, seconds)
+        if evaluating or stopped:
+            save("ckpt.pt")
+
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    if stopped:
+        say(f"stopped after step {step:,}, saved in {out / 'ckpt.pt'}: --resume goes on")
+        sys.exit(128 + (signals or [signal.SIGTERM])[0])
+    if step == first:
+        say(f"{out} is finished: {step:,} steps. A larger --max-steps goes on")
+    else:
+        if "val" in splits:
+            say(f"all of val: {val:.4f} nats a token, perplexity {perplexity(val):.2f}, {bits:.4f} bits a byte")
+        say(f"{step:,} steps in {seconds:.0f} s. Hear it: python sample.py --ckpt {out / 'ckpt.pt'}")
+
+
+def main(argv=None):
+    cfg, options, ckpt = parse(argv)
+    env = os.environ  # torchrun sets these
+    try:
+        rank, world, local_rank = env.get("RANK", 0), env.get("WORLD_SIZE", 1), env.get("LOCAL_RANK", 0)
+        train(cfg, options, ckpt, int(rank), int(world), int(local_rank))
+    except OSError as e:
+        sys.exit(f"{e.filename or cfg.out}: {e.strerror or e}")
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
