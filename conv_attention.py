@@ -22,7 +22,7 @@ becomes four by a Linear the other way (a ConvTranspose1d). What may the compres
 And a dishonest one. The source expands with a Conv1d that takes positions for channels: every output position is a mix
 of all input positions, later ones too, and targets 64 ahead in a window of 1024 lie inside the input 960 times of 1024.
 Its loss of 1.42, where GPT-2 had 3.54, is the loss of reading the answer. --expander sequence keeps it as an exhibit:
-on i.i.d. tokens over 4 symbols, where nothing honest gets below ln 4 = 1.386, 300 steps take it to @@LEAK@@.
+on i.i.d. tokens over 4 symbols, where nothing honest gets below ln 4 = 1.386, 300 steps take it to 1.21.
 
 Source: github.com/swortaljuju/lmsmall, "Convolution Attention Model", without its leak.
 
@@ -85,10 +85,11 @@ class Config:
     weight_decay: float = 0.1  # of matrices and embeddings, not of biases and norms
     grad_clip: float = 1.0  # largest norm of the gradient
 
-
 PRESETS = {
     "demo": dict(n_head=4, n_embd=64, batch_size=2, micro_batch=2, max_steps=950, eval_interval=250, log_interval=50,
                  learning_rate=4e-3, warmup_steps=60),
+    "hourglass": dict(ahead=1, n_layer="1,1,1,1,1,1,1", n_head=4, n_embd=128, widths="1.25,1.5,1.5", batch_size=2,
+                      micro_batch=2, max_steps=1600, eval_interval=400, learning_rate=3e-3),
 }  # fmt: skip
 
 
@@ -235,7 +236,7 @@ class Level(nn.Module):
         super().__init__()
         n_layer, widths = stations(cfg)
         down, up = n_layer[depth], n_layer[6 - depth] if depth < 3 else 0
-        length = math.ceil(cfg.block_size / 4**depth)
+        length = math.ceil(cfg.block_size / 64) * 64 // 4**depth
         self.cfg = replace(cfg, n_embd=widths[depth], n_layer=down + up, block_size=length)
         self.depth, self.shift = depth, cfg.ahead == 1
         self.down = nn.ModuleList(Block(self.cfg) for _ in range(down))

@@ -5,14 +5,15 @@
       v
     x (B, T, C) --+----------------+--> (+) --> LayerNorm --> x              n_layer times: post-norm, 3.1
                   |                |
-                  +-> attention ---+        softmax(Q K^T / sqrt(d_k)) V     3.2.1, equation 1; heads: 3.2.2
+                  +-> attention ---+        softmax(Q K^T / sqrt(d_k)) V     3.2.1, equation 1; heads 3.2.2, mask 3.2.3
                   +-> feed-forward +        max(0, x W_1 + b_1) W_2 + b_2    3.3, equation 2
       |
       v   head, a matrix of its own with a bias
     logits (B, T, V)
 
-The numbers are sections and equations of Vaswani et al. 2017, arXiv 1706.03762, which all of it follows: also the
-warm-up and inverse square root of the learning rate (5.3, equation 3), Adam with beta_2 = 0.98, label smoothing (5.4).
+The numbers are sections and equations of Vaswani et al. 2017, arXiv 1706.03762, which it follows, down to the warm-up
+and inverse square root of the learning rate (5.3, equation 3), Adam with beta_2 = 0.98 (5.3) and label smoothing (5.4).
+Unlike there, as in the source: a decoder alone, biases in all projections, a head that is not the embedding.
 
 Source: github.com/jrussell25/scratch-former, which built this model to learn from it: 4 layers, width 512, 256 tokens.
 Its sinusoids lack the division by d_model, so that 2 of 512 columns vary with the position. Its perplexity of 34.4 on
@@ -87,7 +88,7 @@ PRESETS = {
 
 class Cache:
     """Keys and values of the tokens fed so far, (n_layer, B, n_kv_head, block_size, head size) each, `length` filled,
-    and how many of these are padding, (B), if any."""
+    of which the first pad[b] in row b are padding; pad is None if there is none."""
 
     def __init__(self, cfg, batch_size, like):
         shape = (cfg.n_layer, batch_size, cfg.n_kv_head or cfg.n_head, cfg.block_size, cfg.n_embd // cfg.n_head)
@@ -121,9 +122,9 @@ def positions(length, n_embd):
 
 
 class Attention(nn.Module):
-    """Causal multi-head attention (3.2.2): each head looks for tokens whose keys fit its queries, and takes a mean of
-    their values. Several heads of queries may share keys and values (Shazeer 2019, arXiv 1911.02150; Ainslie et al.
-    2023, arXiv 2305.13245): fewer of these to compute and to cache."""
+    """Causal (3.2.3) multi-head attention (3.2.2): each head looks for tokens whose keys fit its queries, and takes a
+    mean of their values. Several heads of queries may share keys and values (Shazeer 2019, arXiv 1911.02150; Ainslie
+    et al. 2023, arXiv 2305.13245): fewer of these to compute and to cache."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -178,8 +179,9 @@ class Model(nn.Module):
     """A decoder-only transformer. model(idx) -> logits (B, T, V); model(idx, targets) -> mean cross-entropy in nats, a
     scalar, with smoothed labels in training; model(idx, cache=cache) -> logits (B, 1, V) for the token after idx, which
     continues what the cache has seen. Texts of different lengths share a batch if they are padded on the left: lengths
-    (B) says how many tokens at the end of each row are text, and each row gets the logits that it has alone.
-    Raises ValueError if the heads do not divide the width, or a text is longer than block_size."""
+    (B), given with the first tokens, says how many at the end of each row are text (1 to T). Then each row gets the
+    logits that it has alone. Raises ValueError if a text is longer than block_size, lengths come late, or the numbers
+    of channels, heads and key heads do not divide each other."""
 
     ahead = 1  # row i of the logits scores token i + ahead
 
@@ -187,7 +189,7 @@ class Model(nn.Module):
         super().__init__()
         n_kv_head = cfg.n_kv_head or cfg.n_head
         if cfg.n_embd % cfg.n_head or cfg.n_embd % 2:
-            raise ValueError(f"n_embd {cfg.n_embd} is not an even multiple of n_head {cfg.n_head}")
+            raise ValueError(f"n_embd {cfg.n_embd} is not even, or not a multiple of n_head {cfg.n_head}")
         if n_kv_head < 1 or cfg.n_head % n_kv_head:
             raise ValueError(f"n_head {cfg.n_head} is not a multiple of n_kv_head {n_kv_head}")
         self.cfg, self.n_kv_head = cfg, n_kv_head
@@ -199,7 +201,7 @@ class Model(nn.Module):
         self.head = nn.Linear(cfg.n_embd, padded)
         for name, p in self.named_parameters():
             if "embedding" in name:
-                nn.init.normal_(p, std=cfg.n_embd**-0.5)  # times sqrt(C): as large as the sinusoids
+                nn.init.normal_(p, std=cfg.n_embd**-0.5)  # times sqrt(C): of the sinusoids' size
             elif p.dim() == 2:
                 nn.init.xavier_uniform_(p)
             elif name.endswith("bias"):
@@ -207,7 +209,7 @@ class Model(nn.Module):
 
     def mask(self, T, S, pad):
         """What is added to the scores, 0 or -inf, (1 or B n_kv_head, G T, S): query t stands at position S - T + t and
-        sees the keys up to there, but none of the first pad[b] of row b."""
+        sees the keys up to there, but none of the first pad[b] of row b. G = n_head / n_kv_head."""
         key = torch.arange(S, device=self.positions.device)
         query = key[S - T :, None]
         unseen = (key > query)[None]  # (1, T, S)
@@ -221,6 +223,8 @@ class Model(nn.Module):
         T, past = idx.size(1), cache.length if cache is not None else 0
         if past + T > self.cfg.block_size:
             raise ValueError(f"{past + T} tokens do not fit block_size {self.cfg.block_size}")
+        if past and lengths is not None:
+            raise ValueError("lengths belong to the first tokens that a cache is fed")
         pad = cache.pad if past else None if lengths is None else T - lengths
         position = torch.arange(past, past + T, device=idx.device)
         if pad is not None:
@@ -253,7 +257,7 @@ def learning_rate(step, cfg):
     """Of the step after `step` steps. Equation 3 of 5.3: n_embd^-0.5 min(s^-0.5, s warmup^-1.5), s counting from 1; its
     peak, (n_embd warmup)^-0.5 at s = warmup, may be set to another value."""
     warmup = min(cfg.warmup_steps, cfg.max_steps // 2)  # a short run gets over it, too
-    peak = cfg.learning_rate or (cfg.n_embd * max(1, warmup)) ** -0.5
+    peak = cfg.learning_rate or (cfg.n_embd * max(1, cfg.warmup_steps)) ** -0.5
     s = (step + 1) / max(1, warmup)
     return peak * min(s**-0.5, s)
 
