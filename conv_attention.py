@@ -85,6 +85,7 @@ class Config:
     weight_decay: float = 0.1  # of matrices and embeddings, not of biases and norms
     grad_clip: float = 1.0  # largest norm of the gradient
 
+
 PRESETS = {
     "demo": dict(n_head=4, n_embd=64, batch_size=2, micro_batch=2, max_steps=950, eval_interval=250, log_interval=50,
                  learning_rate=4e-3, warmup_steps=60),

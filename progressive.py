@@ -199,6 +199,8 @@ class Model(nn.Module):
             raise ValueError(f"n_embd {cfg.n_embd} is not a multiple of n_head {cfg.n_head}")
         if cfg.n_layer % 4 or cfg.stage not in (1, 2, 3) or cfg.lora_rank < 0:
             raise ValueError(f"n_layer {cfg.n_layer} must be a multiple of 4, stage {cfg.stage} 1 to 3, lora_rank >= 0")
+        if cfg.export and Path(cfg.export).resolve() == Path(cfg.out, "ckpt.pt").resolve():
+            raise ValueError(f"export {cfg.export} is the run's own checkpoint: name another file")
         switches(cfg)
         self.cfg = cfg
         padded = math.ceil(cfg.vocab_size / 64) * 64  # matrix products like round sizes; no one sees the extra ids
@@ -258,14 +260,14 @@ def learning_rate(step, cfg):
 
 
 def switches(cfg):
-    """The steps before which stages 2 and 3 begin."""
+    """The steps before which stages 2 and 3 begin; never, for a part of the run that is 1 or more."""
     try:
         second, third = map(float, cfg.stages.split(","))
     except ValueError:
         second = third = math.nan
     if not 0 <= second <= third:
         raise ValueError(f"stages {cfg.stages!r} must be two parts of the run like '0.33,0.67'")
-    return [round(part * cfg.max_steps) for part in (second, third)]
+    return [min(round(part * cfg.max_steps), cfg.max_steps - 1) if part < 1 else math.inf for part in (second, third)]
 
 
 def diverge(model, optimizer, cfg):
@@ -311,26 +313,29 @@ def export(model, cfg, step):
     write_whole(Path(cfg.export), lambda f: torch.save(state, f))
 
 
+def validation(cfg):
+    """A function that scores a model on the beginning of the validation split, where there is one with its ids."""
+    meta, splits = {}, {}
+    if Path(cfg.data, "meta.json").is_file():
+        meta, _, splits = open_data(cfg.data)
+    if "val" not in splits or meta["vocab_size"] != cfg.vocab_size:
+        return lambda model: math.nan
+    return lambda model: evaluate(model, splits["val"], meta["eot"], cfg, 1, nullcontext(), limit=2**13)
+
+
 def grow(model, optimizer, cfg, step):
     """Called before each step and after the last. Returns True if it changed the network."""
     stage, first = cfg.stage, not dist.is_initialized() or dist.get_rank() == 0
-
-    def val_loss():
-        if not Path(cfg.data, "meta.json").is_file():
-            return math.nan
-        meta, _, splits = open_data(cfg.data)
-        if meta["vocab_size"] != cfg.vocab_size:
-            return math.nan
-        return evaluate(model, splits.get("val", splits["train"]), meta["eot"], cfg, 1, nullcontext(), limit=2**13)
-
-    while cfg.stage < 1 + sum(step >= switch for switch in switches(cfg)):
-        before = val_loss()
+    due = 1 + sum(step >= switch for switch in switches(cfg))
+    val_loss = validation(cfg) if first and stage < due else lambda model: math.nan
+    while cfg.stage < due:
+        before = val_loss(model)
         diverge(model, optimizer, cfg)
+        params, now, after = list(model.parameters()), len(model.h), val_loss(model)
+        n, trained = sum(p.numel() for p in params), sum(p.numel() for p in params if p.requires_grad)
         if first:
-            params, now = list(model.parameters()), len(model.h)
-            n, trained = sum(p.numel() for p in params), sum(p.numel() for p in params if p.requires_grad)
             print(f"step {step:,}: {now // 2} blocks become {now}: {n:,} parameters, {trained:,} of them trained,"
-                  f" validation loss {before:.6f} -> {val_loss():.6f}")  # fmt: skip
+                  f" validation loss {before:.6f} -> {after:.6f}")  # fmt: skip
     if cfg.export and step >= cfg.max_steps and first:
         export(model, cfg, step)
         print(f"{cfg.export}: the same model for gpt2.py")
