@@ -47,6 +47,11 @@ gpt2_12 = gpt2.Config(V, 256, 12, 6, 192)
 prog = progressive.Config(V, 256, 12, 6, 192)
 hourglass = conv_attention.Config(V, 1024, **{**conv_attention.PRESETS["hourglass"], "max_steps": 1})
 TRAIN = {  # name: (A, B, batch size); the ratio is B's time to A's
+    "conv_attention.py --preset hourglass / gpt2.py, 6 layers, width 192": (
+        gpt2.Model(gpt2.Config(V, 1024, 6, 6, 192)),
+        conv_attention.Model(hourglass),
+        2,
+    ),
     "progressive.py, stage 1 / gpt2.py": (gpt2.Model(gpt2_12), progressive.Model(prog), 8),
     "progressive.py, stage 2 / gpt2.py": (gpt2.Model(gpt2_12), progressive.Model(replace(prog, stage=2)), 8),
     "progressive.py, stage 3 / gpt2.py": (gpt2.Model(gpt2_12), progressive.Model(replace(prog, stage=3)), 8),
