@@ -39,7 +39,7 @@ train: .venv/installed
 	$(PY) $(MODEL).py $(ARGS)
 
 test: .venv/installed-dev
-	$(PY) -m pytest
+	$(PY) -m pytest -n auto
 
 lint: .venv/installed-dev
 	$(PY) -m ruff check .
