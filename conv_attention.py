@@ -90,7 +90,7 @@ PRESETS = {
     "demo": dict(n_head=4, n_embd=64, batch_size=2, micro_batch=2, max_steps=950, eval_interval=250, log_interval=50,
                  learning_rate=4e-3, warmup_steps=60),
     "hourglass": dict(ahead=1, n_layer="1,1,1,1,1,1,1", n_head=4, n_embd=128, widths="1.25,1.5,1.5", batch_size=2,
-                      micro_batch=2, max_steps=1600, eval_interval=400, learning_rate=3e-3),
+                      micro_batch=2, max_steps=1638, eval_interval=200, learning_rate=3e-3),
 }  # fmt: skip
 
 
