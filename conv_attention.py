@@ -26,7 +26,7 @@ on i.i.d. tokens over 4 symbols, where nothing honest gets below ln 4 = 1.386, 3
 
 Source: github.com/swortaljuju/lmsmall, "Convolution Attention Model", without its leak.
 
-    python conv_attention.py --preset demo                                  three minutes on a laptop's CPU
+    python conv_attention.py --preset demo                                  four minutes on a laptop's CPU
     python conv_attention.py --preset demo --ahead 1 --out out/hourglass    the same, next-token prediction
     python conv_attention.py --device cuda                                  the source's size on one GPU
 

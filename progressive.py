@@ -16,7 +16,7 @@ of the run. Its LoRA was a second attention with random weights: the loss jumped
 its test loss is that of the stage 1 network. Relatives that work: Takase and Kiyono 2021 (arXiv 2104.06022) share
 blocks in this order; Relaxed Recursive Transformers (Bae et al. 2024, arXiv 2410.20672) add LoRA to each call.
 
-    python progressive.py --preset demo                                  three minutes on a laptop's CPU
+    python progressive.py --preset demo                                  some minutes on a laptop's CPU
     python progressive.py --device cuda --data data/NAME                 the source's size on one GPU
 
 In the diff with gpt2.py: LoRALinear, the line of forward that picks a block for a layer, and grow. --lora-rank 0 grows
