@@ -522,8 +522,8 @@ def test_good_text_has_no_replacements_to_report(capsys):
 BAD_RUNS = {
     "unknown name": (["nope"], "nope: neither"),
     "missing file": (["nope.txt"], "nope.txt: neither"),
-    "empty folder": (["empty"], "empty: no .txt or .jsonl"),
-    "neither .txt nor .jsonl": (["image.png"], "image.png: no .txt or .jsonl"),
+    "empty folder": (["empty"], "empty: no .txt, .jsonl or .parquet"),
+    "neither .txt nor .jsonl": (["image.png"], "image.png: no .txt, .jsonl or .parquet"),
     "empty file": (["empty.txt"], "empty.txt: no text"),
     "empty jsonl": (["empty.jsonl"], "empty.jsonl: no text"),
     "second file not UTF-8": (["folder"], "byte 3 is not UTF-8"),
@@ -600,8 +600,8 @@ def test_on_the_command_line_an_error_is_one_line_and_exit_code_1():
 def test_a_word_too_long_to_merge_in_one_is_cut_and_every_part_counted(monkeypatch):
     monkeypatch.setattr(prepare_data, "LONG_WORD", 4)
     write("line.txt", "abcdabcdabcdab xy")
-    args = argparse.Namespace(field="text", val_fraction=0.0, errors="strict")
-    words = prepare_data.count_words(prepare_data.Source(prepare_data.find_files("line.txt"), args))
+    args = argparse.Namespace(name="line.txt", field="text", val_fraction=0.0, errors="strict")
+    words = prepare_data.count_words(prepare_data.Source(args))
     assert words == {"abcd": 3, "ab": 1, " xy": 1}
 
 
@@ -614,19 +614,19 @@ def test_ctrl_c_while_encoding_leaves_no_half_file(older, small_blocks, monkeypa
     if older:
         run("prose.txt", "--tokenizer", "bpe:300")
     before = contents() if older else {}
-    encode, seen = tiktoken.Encoding.encode_ordinary_batch, []
+    encode, seen = tiktoken.Encoding.encode_to_numpy, []
 
-    def encode_and_interrupt(self, texts, **kwargs):
+    def encode_and_interrupt(self, text, **kwargs):
         seen.append(sorted(p.suffix for p in Path("out").iterdir() if p.name not in before))
         if len(seen) == 3:
             raise KeyboardInterrupt
-        return encode(self, texts, **kwargs)
+        return encode(self, text, **kwargs)
 
-    monkeypatch.setattr(tiktoken.Encoding, "encode_ordinary_batch", encode_and_interrupt)
+    monkeypatch.setattr(tiktoken.Encoding, "encode_to_numpy", encode_and_interrupt)
     with pytest.raises(SystemExit) as e:
         run("prose.txt", "--tokenizer", "bytes")
     assert e.value.code == 130
-    assert seen[-1] == [".tmp"]  # it was in the middle of train.bin
+    assert seen[-1] == [".partial"]  # it was in the middle of train.bin
     assert contents() == before
 
 
@@ -648,7 +648,7 @@ def test_ctrl_c_while_renaming_leaves_no_meta_json(when, monkeypatch):
         with pytest.raises(SystemExit) as e:
             run("prose.txt", "--tokenizer", "bpe:280")
     assert e.value.code == 130 and len(calls) == when
-    assert not any(name == "meta.json" or name.endswith(".tmp") for name in contents())
+    assert not any(name == "meta.json" or name.endswith(".partial") for name in contents())
 
 
 # --- the standard library, and GPT-2's tokenizer
