@@ -29,6 +29,7 @@ In the diff with gpt2.py: PositionMap where Attention stood, a cache of one kind
 
 import argparse
 import ctypes
+import hashlib
 import inspect
 import json
 import math
@@ -38,7 +39,7 @@ import signal
 import sys
 import time
 import zipfile
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -409,9 +410,9 @@ def perplexity(nats):
     return math.exp(min(nats, 700))  # e**700 is about what a float holds
 
 
-def open_data(folder):
+def open_data(folder, check=False):
     """A data set: (meta.json, what a checkpoint says of its tokenizer, memory map of each split). Exits with one line
-    if a part is missing or does not fit the others."""
+    if a part is missing or does not fit the others; check: nor its checksum, for which it is read once."""
     folder, splits = Path(folder), {}
     again = f"Prepare it again: python prepare_data.py {folder.name}"
     if not folder.is_dir():
@@ -426,20 +427,22 @@ def open_data(folder):
             if (size := path.stat().st_size) != 2 * n or n < 1 or counts["bytes"] < 1 or counts["words"] < 0:
                 sys.exit(f"{path} has {size:,} bytes, but meta.json says {n:,} tokens of 2 bytes. {again}")
             splits[split] = np.memmap(path, dtype="<u2", mode="r")
+            if check and hashlib.sha256(splits[split]).hexdigest() != counts["sha256"]:
+                sys.exit(f"{path} has another SHA-256 than meta.json says: it was changed. {again}")
             if (top := splits[split].max()) >= meta["vocab_size"]:
                 sys.exit(f"{path} holds id {top}, but meta.json says {meta['vocab_size']:,} ids in all. {again}")
-        if "train" not in splits or not 0 <= meta["eot"] < meta["vocab_size"]:
+        if "train" not in splits or not 0 <= meta["eot"] < meta["vocab_size"] or type(meta["vocab_size"]) is not int:
             raise ValueError("no train split, or an end-of-text id beyond the vocabulary")
     except FileNotFoundError as e:
         sys.exit(f"{e.filename} is missing. {again}")
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         sys.exit(f"{folder / 'meta.json'} is not as prepare_data.py writes it ({type(e).__name__}: {e}). {again}")
     return meta, tokenizer, splits
 
 
 def write_whole(path, write):
     """Has write(file) fill a temporary file, then gives it its name: what stood there stays whole until then."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f"{path.name}.tmp")
     try:
         with open(temporary, "wb") as file:
             write(file)
@@ -452,19 +455,49 @@ def write_whole(path, write):
         temporary.unlink(missing_ok=True)
 
 
+@contextmanager
+def claim(folder):
+    """Makes a folder and keeps it for this process, until it leaves the block or dies. Exits with one line if another
+    process has it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = None
+    try:
+        try:
+            import fcntl
+
+            lock = os.open(folder, os.O_RDONLY)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            sys.exit(f"{folder} is in use by another run: --out FOLDER starts one elsewhere; --resume goes on with "
+                     "this one when it has ended")  # fmt: skip
+        except (ImportError, OSError):  # Windows, or a file system without locks: no one watches there
+            pass
+        yield
+    finally:
+        if lock is not None:
+            os.close(lock)
+        with suppress(OSError):
+            folder.rmdir()  # if nothing came of it
+
+
 def read_checkpoint(path):
     """The dict that one of the model files saved; nothing in it is executed. Exits with one line if it is not one."""
+    kinds = dict(model_file=str, config=dict, tokenizer=dict, model=dict, optimizer=dict, step=int, best=float)
     try:
-        if not zipfile.is_zipfile(path) and Path(path).is_file():
-            raise ValueError("torch.save writes zip files")
+        with zipfile.ZipFile(path) as file:
+            if part := file.testzip():
+                raise ValueError(f"{part} has another checksum")  # which torch.load would not notice
         ckpt = torch.load(path, map_location="cpu", weights_only=True)
-        missing = set("model_file config tokenizer model optimizer step best seconds".split()) - set(ckpt)
+        if wrong := [k for k, kind in {**kinds, "seconds": float}.items() if not isinstance(ckpt.get(k), kind)]:
+            raise ValueError(f"no {', '.join(wrong)} as the model files write it")
+        n_layer = ckpt["config"].get("n_layer")
+        if ckpt["step"] < 0 or (isinstance(n_layer, int) and n_layer > len(ckpt["model"])):
+            raise ValueError(f"step {ckpt['step']}, n_layer {n_layer}")
     except FileNotFoundError:
         sys.exit(f"{path}: no such checkpoint")
     except Exception as e:  # torch, zip and pickle each have their own for a damaged file
-        sys.exit(f"{path}: cut short, damaged, or not a checkpoint ({type(e).__name__})")
-    if missing:
-        sys.exit(f"{path}: not a checkpoint of this repository (it has no {', '.join(sorted(missing))})")
+        why = str(e).splitlines()[0][:100] if type(e) is ValueError else type(e).__name__
+        sys.exit(f"{path}: cut short, damaged, or not a checkpoint of this repository ({why})")
     return ckpt
 
 
@@ -532,6 +565,7 @@ def parse(argv):
     parser.add_argument("--eval-only", action="store_true", help="score ckpt.pt in --out, or --init-from, and stop")
     parser.add_argument("--split", default="val", help="with --eval-only: train, val or test (default: val)")
     parser.add_argument("--stride", type=int, help="with --eval-only: score the last STRIDE targets of each window")
+    parser.add_argument("--check", action="store_true", help="compare the data with its checksums first")
     comments = dict(re.findall(r"^    (\w+):.*?  # (.*)$", inspect.getsource(Config), re.M))
     for f in fields(Config):
         kind = {"action": argparse.BooleanOptionalAction} if f.type in (bool, bool | None) else {"type": f.type}
@@ -575,22 +609,30 @@ def train(cfg, options, ckpt, rank, world, local_rank):
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
 
     # The data, and a network for it.
-    meta, tokenizer, splits = open_data(cfg.data)
+    meta, tokenizer, splits = open_data(cfg.data, options.check)
     if ckpt is None:
         cfg.vocab_size = getattr(options, "vocab_size", meta["vocab_size"])
         if cfg.vocab_size != meta["vocab_size"]:
             sys.exit(f"--vocab-size {cfg.vocab_size}: {cfg.data} has {meta['vocab_size']} ids")
     elif ckpt["tokenizer"] != tokenizer:
-        theirs = ckpt["tokenizer"]["name"]
+        theirs = ckpt["tokenizer"].get("name")
         sys.exit(f"--data {cfg.data} ({tokenizer['name']}) has other ids than the checkpoint ({theirs})")
     torch.manual_seed(cfg.seed)
     try:
         model = Model(cfg)
         if ckpt:
             model.load_state_dict(ckpt["model"])
-    except (ValueError, RuntimeError) as e:  # a Config that makes no network; weights that are another's
+        model.to(device)
+        optimizer = configure_optimizer(model, cfg)
+        if options.resume:
+            optimizer.load_state_dict({**optimizer.state_dict(), "state": ckpt["optimizer"]["state"]})
+            for p, state in optimizer.state.items():
+                if {k: v.shape for k, v in state.items()} != {"step": (), "exp_avg": p.shape, "exp_avg_sq": p.shape}:
+                    raise ValueError("the checkpoint has Adam's moments of another network")
+    except Exception as e:  # a Config that makes no network, or weights that are another's
+        if ckpt is None and not isinstance(e, (ValueError, RuntimeError)):
+            raise
         sys.exit(f"{name}: {' '.join(str(e).split())[:200]}")
-    model.to(device)
     amp = torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
     compiled = device.type == "cuda" if cfg.compile is None else cfg.compile
     fast = torch.compile(model) if compiled else model
@@ -621,11 +663,9 @@ def train(cfg, options, ckpt, rank, world, local_rank):
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     peak = next((flops for part, flops in PEAK_FLOPS.items() if part in gpu), None)
     flops = flops_per_token(model, cfg) if peak else None
-    optimizer = configure_optimizer(model, cfg)
     step, best, seconds = 0, math.inf, 0.0  # seconds: spent on steps, not on evaluations
     if options.resume:
         step, best, seconds = ckpt["step"], ckpt["best"], ckpt["seconds"]
-        optimizer.load_state_dict({**optimizer.state_dict(), "state": ckpt["optimizer"]["state"]})
     n_params, per_step = sum(p.numel() for p in model.parameters()), cfg.batch_size * cfg.block_size
     how = f"{gpu or device} x {world}, {str(dtype)[6:]}{', compiled' * compiled}"
     say(f"{name}: {n_params:,} parameters, {per_step:,} tokens a step, {how}, {cfg.data} -> {out}")
@@ -639,7 +679,6 @@ def train(cfg, options, ckpt, rank, world, local_rank):
             write_whole(out / file, lambda f: torch.save(state, f))
 
     if rank == 0:
-        out.mkdir(parents=True, exist_ok=True)
         if not options.resume:
             save("ckpt.pt")  # from here on there is something to resume
         log = open_log(out / "log.csv", step)
@@ -652,14 +691,14 @@ def train(cfg, options, ckpt, rank, world, local_rank):
         idx, targets = (t.to(device, non_blocking=True) for t in rows)
         return list(zip(idx.split(cfg.micro_batch), targets.split(cfg.micro_batch)))
 
-    signals, handlers = [], {}  # Ctrl-C and SIGTERM let the step finish and save; a second one ends it there
+    signals = []  # Ctrl-C and SIGTERM let the step finish and save; a second one ends it there
 
     def on_signal(number, frame):
         signals.append(number)
         signal.signal(number, signal.SIG_DFL)
 
     for number in (signal.SIGINT, signal.SIGTERM):
-        handlers[number] = signal.signal(number, on_signal)
+        signal.signal(number, on_signal)
 
     # The loop.
     model.train()
@@ -718,8 +757,6 @@ def train(cfg, options, ckpt, rank, world, local_rank):
         if evaluating or stopped:
             save("ckpt.pt")
 
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
     if stopped:
         say(f"stopped after step {step:,}, saved in {out / 'ckpt.pt'}: --resume goes on")
         sys.exit(128 + (signals or [signal.SIGTERM])[0])
@@ -733,13 +770,21 @@ def train(cfg, options, ckpt, rank, world, local_rank):
 
 def main(argv=None):
     cfg, options, ckpt = parse(argv)
-    env = os.environ  # torchrun sets these
+    env, handlers = os.environ, {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+    rank, world, local_rank = (int(env.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     try:
-        rank, world, local_rank = env.get("RANK", 0), env.get("WORLD_SIZE", 1), env.get("LOCAL_RANK", 0)
-        train(cfg, options, ckpt, int(rank), int(world), int(local_rank))
+        with claim(Path(cfg.out)) if rank == 0 and not options.eval_only else nullcontext():
+            train(cfg, options, ckpt, rank, world, local_rank)
     except OSError as e:
         sys.exit(f"{e.filename or cfg.out}: {e.strerror or e}")
+    except RuntimeError as e:
+        if world == 1 or not re.search("gloo|NCCL|store|[Cc]onnection", str(e)):
+            raise
+        sys.exit(f"process {rank} of {world}: another one is gone ({str(e).splitlines()[0][:100]}). --resume goes on "
+                 f"from {Path(cfg.out, 'ckpt.pt')}")  # fmt: skip
     finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
         if dist.is_initialized():
             dist.destroy_process_group()
 
