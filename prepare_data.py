@@ -232,7 +232,7 @@ def get(url, use, start=lambda: 0):
             sys.exit(f"{shown(url)}: {type(e).__name__}: the certificate, or the proxy in HTTPS_PROXY, does not work.")
         except (requests.ConnectionError, requests.exceptions.ChunkedEncodingError):
             why = "the connection failed"
-        except (requests.RequestException, UnicodeError, ValueError) as e:  # no address, redirects without end, ...
+        except (requests.RequestException, UnicodeError) as e:  # no address, redirects without end, ...
             sys.exit(f"{shown(url)}: cannot be asked for ({type(e).__name__}).")
         failures = 0 if start() > reached else failures + 1
         reached = max(reached, start())
@@ -282,7 +282,7 @@ def download(url, size=None, sha256=None):
         hub = [answer.headers.get("X-Linked-Etag", "").strip('"') for answer in (*response.history, response)]
         sha = sha256 or next((tag for tag in hub if re.fullmatch("[0-9a-f]{64}", tag)), None)  # the hub's, of LFS files
         progress = Progress(f"downloading {name}", total or size or 0, begin)
-        with open(part, "r+b" if begin else "wb") as file:
+        with open(part, "r+b" if begin else "w+b") as file:
             file.seek(begin)
             seam = file.read()
             for chunk in response.iter_content(2**16):
@@ -555,24 +555,25 @@ def read_parquet(path, field, batch_size=256):
 
 
 def read_wikitext(path, errors):
-    """Yields (split, article) of WikiText's zip, from which nothing is unpacked. An article begins at ` = Title = `."""
+    """Yields (split, article) of WikiText's zip, from which nothing is unpacked. An article begins at ` = Title = `
+    after an empty line."""
     try:
         with zipfile.ZipFile(path) as archive:
             members = [PurePosixPath(name.replace("\\", "/")) for name in archive.namelist()]
-            if bad := next((m for m in members if m.is_absolute() or ".." in m.parts or ":" in m.parts[0]), None):
+            if bad := next((m for m in members if m.is_absolute() or ".." in m.parts or ":" in str(m)), None):
                 sys.exit(f"{path}: has a member {str(bad)!r}, outside its folder. This is not WikiText.")
             for split, ending in (("train", "train"), ("val", "valid"), ("test", "test")):
                 if f"wiki.{ending}.raw" not in [m.name for m in members]:
                     sys.exit(f"{path}: has no wiki.{ending}.raw. This is not WikiText as raw text.")
                 name = next(n for n in archive.namelist() if n.endswith(f"wiki.{ending}.raw"))
-                article = ""
+                article, before = "", ""
                 with archive.open(name) as file:
                     for line in file:
                         line = line.decode("utf-8", errors)
-                        if re.fullmatch(r" = [^=].* = \s*", line) and article.strip():
+                        if re.fullmatch(r" = [^=].* = \s*", line) and article.strip() and not before.strip():
                             yield split, article
                             article = ""
-                        article += line
+                        article, before = article + line, line
                 yield split, article
     except UnicodeError:
         sys.exit(f"{path}: not UTF-8. Put U+FFFD there: --errors replace.")
