@@ -965,8 +965,11 @@ def prepare_weights(args):
 
 def main(argv=None):
     formatter = argparse.RawDescriptionHelpFormatter
-    table = "names:\n" + "".join(f"  {name:14} {about}\n" for name, (about, _, _) in DATASETS.items())
+    table = "names:\n"
+    for name, (about, folder, _) in DATASETS.items():
+        table += f"  {name:14} {about}\n" + f"{'':17}{folder}\n" * bool(folder)
     table += "  weights:gpt2   OpenAI's weights, 0.55 GB; also gpt2-medium (1.5), gpt2-large (3.2), gpt2-xl (6.4)\n"
+    table += f"{'':17}{HUB}/openai-community\n"
     parser = argparse.ArgumentParser("prepare_data.py", description=__doc__, epilog=table, formatter_class=formatter)
     parser.error = lambda message: sys.exit(f"prepare_data.py: {message} (--help lists all)")
     add = parser.add_argument
