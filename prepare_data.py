@@ -216,7 +216,7 @@ def get(url, use, start=lambda: 0):
             headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={begin}-"} if begin else {})
             with requests.get(url, headers=headers, auth=token_for(url), stream=True, timeout=TIMEOUT) as response:
                 code = response.status_code
-                if code < 400 or code == 416:
+                if code in (200, 206) or (code == 416 and begin):
                     return use(response)
                 why = f"the server answers {code} {response.reason}"
                 if code not in (408, 429) and code < 500:
@@ -228,11 +228,12 @@ def get(url, use, start=lambda: 0):
             why = str(e)
         except requests.Timeout:
             why = f"nothing came for {TIMEOUT} s"
-        except (requests.exceptions.SSLError, requests.exceptions.ProxyError) as e:
-            sys.exit(f"{shown(url)}: {type(e).__name__}: the certificate, or the proxy in HTTPS_PROXY, does not work.")
-        except (requests.ConnectionError, requests.exceptions.ChunkedEncodingError):
-            why = "the connection failed"
-        except (requests.RequestException, UnicodeError) as e:  # no address, redirects without end, ...
+        except (requests.ConnectionError, requests.exceptions.ChunkedEncodingError) as e:
+            if "CERTIFICATE_VERIFY_FAILED" in str(e):
+                sys.exit(f"{shown(url)}: this machine does not trust its certificate.")
+            proxy = isinstance(e, requests.exceptions.ProxyError)
+            why = "the proxy in HTTP_PROXY or HTTPS_PROXY did not let us through" if proxy else "the connection failed"
+        except (requests.RequestException, ValueError) as e:  # no address, redirects without end, ...
             sys.exit(f"{shown(url)}: cannot be asked for ({type(e).__name__}).")
         failures = 0 if start() > reached else failures + 1
         reached = max(reached, start())
@@ -260,6 +261,9 @@ def download(url, size=None, sha256=None):
     def find(ending):
         return next(DOWNLOADS.glob(f"{address}-????????-{glob.escape(name)}{ending}"), None)
 
+    def right(path, sha256):
+        return path.stat().st_size == (size or path.stat().st_size) and (not sha256 or sha256_of(path) == sha256)
+
     def start():
         return max(0, part.stat().st_size - OVERLAP) if (part := find(".part")) else 0
 
@@ -269,23 +273,27 @@ def download(url, size=None, sha256=None):
         if response.status_code == 206:
             span = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", response.headers.get("Content-Range", ""))
             begin, total = map(int, span.groups()) if span else (-1, None)
+        part, older = find(".part"), find("")
+        if response.status_code == 416 or (begin and (begin != start() or not part)):
+            if part:
+                part.unlink()
+            raise Torn("the server sent another part of the file than it was asked for")
         version = repr([total, *(response.headers.get(key) for key in ("ETag", "Last-Modified"))])
         target = DOWNLOADS / f"{address}-{hashlib.sha256(version.encode()).hexdigest()[:8]}-{name}"
-        if target.exists() and target.stat().st_size == total:
+        if target.exists() and target.stat().st_size == total and right(target, sha256):
             return target  # from an earlier run, and it has not changed since
-        part, old = target.with_name(target.name + ".part"), find(".part")
-        if response.status_code == 416 or (begin and (begin != start() or part != old)):
-            old.unlink()
-            raise Torn("the file changed while it was downloaded")
-        if old and not begin:
-            old.unlink()
+        if part and part.name != f"{target.name}.part":
+            part.unlink()
+            if begin:
+                raise Torn("the file changed while it was downloaded")
+        part = target.with_name(f"{target.name}.part")
         hub = [answer.headers.get("X-Linked-Etag", "").strip('"') for answer in (*response.history, response)]
         sha = sha256 or next((tag for tag in hub if re.fullmatch("[0-9a-f]{64}", tag)), None)  # the hub's, of LFS files
         progress = Progress(f"downloading {name}", total or size or 0, begin)
         with open(part, "r+b" if begin else "w+b") as file:
             file.seek(begin)
             seam = file.read()
-            for chunk in response.iter_content(2**16):
+            for chunk in response.iter_content(2**13):  # what does not fill a chunk is lost if the connection breaks
                 again = min(len(seam), len(chunk))
                 if seam[:again] != chunk[:again]:
                     file.truncate(0)
@@ -298,11 +306,11 @@ def download(url, size=None, sha256=None):
         got = part.stat().st_size
         if total is not None and got < total:
             raise Torn(f"the connection ended after {got:,} of {total:,} bytes")
-        if got != (total or got) or got != (size or got) or (sha and sha256_of(part) != sha):
+        if total not in (None, got) or not right(part, sha):
             part.unlink()
             raise Torn(f"these {got:,} bytes are not the published file: it has another length or SHA-256")
         progress.end()
-        if older := find(""):
+        if older:
             older.unlink()
         os.replace(part, target)
         return target
@@ -311,7 +319,7 @@ def download(url, size=None, sha256=None):
         try:
             return get(url, receive, start)
         except SystemExit as e:
-            if not (whole := find("")):
+            if not (whole := find("")) or not right(whole, sha256):
                 raise
             print(f"{e.code}\n{whole}, from an earlier run, will do.", file=sys.stderr)
             return whole
@@ -384,8 +392,12 @@ def list_hub(root):
             sys.exit(f"{shown(response.url)}: not the list of files that the hub's API gives. --url names another.")
         return response.links.get("next", {}).get("url")
 
-    while page:
+    seen = set()
+    while page and page not in seen:
+        seen.add(page)
         page = get(page, read)
+    if page:
+        sys.exit(f"{shown(page)}: a list of files that never ends. --url names another.")
     return sorted(shards, key=lambda shard: shard.url)
 
 
@@ -395,7 +407,10 @@ def find_addresses(args):
     urls = [url.rstrip("/") for url in args.url or [folder]]
     if not all(url.startswith(("http://", "https://")) for url in urls):
         sys.exit(f"--url {' '.join(urls)}: an address starts with http:// or https://")
-    suffix = Path(urlsplit(urls[0]).path).suffix
+    try:
+        suffix = Path(urlsplit(urls[0]).path).suffix
+    except ValueError as e:
+        sys.exit(f"--url {urls[0]}: no address ({e})")
     if args.name == "openwebmath" and suffix != ".parquet":
         shards = list_hub(urls[0])
     elif names and len(urls) == 1 and suffix != Path(names[0]).suffix:
@@ -404,10 +419,11 @@ def find_addresses(args):
     else:
         shards = [Shard(None, url) for url in urls]
     if args.shards:
-        first, _, last = args.shards.partition("-")
-        if not first.isdecimal() or not (last or first).isdecimal() or not shards[int(first) : int(last or first) + 1]:
-            sys.exit(f"--shards {args.shards}: there are {len(shards)}. Like 0-3, or 2.")
-        shards = shards[int(first) : int(last or first) + 1]
+        span = re.fullmatch(r"(\d{1,6})(?:-(\d{1,6}))?", args.shards)
+        first, last = (int(span[1]), int(span[2] or span[1])) if span else (0, -1)
+        if not first <= last < len(shards):
+            sys.exit(f"--shards {args.shards[:40]}: there are {len(shards)}, from 0 on. Like 0-3, or 2.")
+        shards = shards[first : last + 1]
     return shards
 
 
@@ -549,7 +565,10 @@ def read_parquet(path, field, batch_size=256):
             if field not in file.schema_arrow.names:
                 sys.exit(f"{path}: no column {field!r}; --field names the one that holds the text.")
             for rows in file.iter_batches(batch_size, columns=[field]):
-                yield from (text or "" for text in rows.column(0).to_pylist())
+                for text in rows.column(0).to_pylist():
+                    if not isinstance(text, str | None):
+                        raise TypeError
+                    yield text or ""
     except (pyarrow.ArrowException, TypeError) as e:
         sys.exit(f"{path}: not a Parquet file with texts in it ({type(e).__name__}).")
 
@@ -818,7 +837,8 @@ def prepare(args, out):
         pass
     if not done:
         writers = {}
-        journal.unlink(missing_ok=True)
+        for path in (journal, *temporary.values()):
+            path.unlink(missing_ok=True)
 
     def save(number):
         state = {"what": what, "done": number, "ranks": ranks, "replacements": replacements}
@@ -887,8 +907,9 @@ def read_safetensors(path):
 
     dtypes = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
     dtypes |= {"U8": torch.uint8, "BOOL": torch.bool, "I64": torch.int64, "I32": torch.int32}
-    data, tensors = np.memmap(path, np.uint8, mode="r"), {}
+    tensors = {}
     try:
+        data = np.memmap(path, np.uint8, mode="r")
         length = int.from_bytes(data[:8].tobytes(), "little")
         if not 0 < length <= len(data) - 8:
             raise ValueError(f"a header of {length:,} bytes")
@@ -906,7 +927,8 @@ def read_safetensors(path):
         if end != len(data):
             raise ValueError(f"{len(data) - end:,} bytes of no tensor")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
-        sys.exit(f"{path}: cut short, damaged, or no safetensors file ({type(e).__name__}: {str(e)[:100]}).")
+        path.unlink()  # so that the next run gets it anew
+        sys.exit(f"{path}: cut short, damaged, or no safetensors file ({str(e)[:100]}), and removed. Run again.")
     return tensors
 
 
@@ -931,11 +953,12 @@ def prepare_weights(args):
         head = theirs.get("lm_head.weight", theirs["wte.weight"])
         if (
             C % 64
+            or not all(theirs[k].is_floating_point() for k in ours)
             or {k: list(v.shape) for k, v in ours.items()} != shapes
             or not torch.equal(head, theirs["wte.weight"])
         ):
             raise ValueError
-    except (KeyError, ValueError, IndexError):
+    except (KeyError, ValueError, IndexError, TypeError):
         sys.exit(f"{path}: its tensors are not those of one of OpenAI's GPT-2.")
     for k, v in ours.items():
         if k.startswith("h.") and v.dim() == 2:
