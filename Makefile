@@ -11,9 +11,10 @@ PY := .venv/bin/python
 
 help:
 	@echo 'make demo                       prepare text, train a small GPT-2 on it, print a sample of every decoder'
-	@echo 'make data DATASET=... TOKENIZER=...   token files in data/ (stdlib, or a .txt, a .jsonl, a folder; bpe:4096, gpt2, ...)'
+	@echo 'make data DATASET=... TOKENIZER=...   token files in data/ (stdlib, tinystories, a .txt, ...; bpe:4096, gpt2, ...)'
 	@echo 'make train MODEL=gpt2 ARGS=...  train a model file; ARGS are its options: ARGS="--preset report --device cuda"'
 	@echo 'make test                       run the tests'
+	@echo 'make soak                       the long tests: kill, fill, damage, for twenty minutes'
 	@echo 'make lint                       check the code with ruff'
 	@echo 'make clean                      remove .venv and caches; data/ and out/ stay'
 
@@ -41,6 +42,9 @@ train: .venv/installed
 test: .venv/installed-dev
 	$(PY) -m pytest -n auto
 
+soak: .venv/installed-dev
+	$(PY) tests/soak.py
+
 lint: .venv/installed-dev
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
@@ -48,4 +52,4 @@ lint: .venv/installed-dev
 clean:
 	rm -rf .venv __pycache__ tests/__pycache__ .pytest_cache .ruff_cache
 
-.PHONY: help demo data train test lint clean
+.PHONY: help demo data train test soak lint clean
