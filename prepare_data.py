@@ -125,7 +125,9 @@ def load_tokenizer(name, ranks=""):
     if name == "bytes":
         tokens = [bytes([b]) for b in range(256)]
     elif name.startswith("bpe:"):
-        tokens = [base64.b64decode(line.split()[0]) for line in ranks.splitlines()]
+        tokens = [base64.b64decode(line.split()[0], validate=True) for line in ranks.splitlines() if line.split()]
+        if tokens[:256] != [bytes([b]) for b in range(256)] or len(set(tokens)) != len(tokens):
+            raise ValueError("its ranks are damaged")
     else:
         if name not in tiktoken.list_encoding_names():
             sys.exit(f"--tokenizer {name}: not known. Use bpe:N, bytes, gpt2, r50k_base, p50k_base or p50k_edit.")

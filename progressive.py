@@ -24,11 +24,13 @@ without freezing: the control experiment.
 """
 
 import argparse
+import base64
 import ctypes
 import hashlib
 import inspect
 import json
 import math
+import operator
 import os
 import re
 import signal
@@ -452,6 +454,8 @@ def open_data(folder, check=False):
     try:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         tokenizer = {"name": meta["tokenizer"], "eot": meta["eot"], "vocab_size": meta["vocab_size"], "ranks": ""}
+        if not re.fullmatch(r"[\w:.-]+", meta["tokenizer"]) or not 0 < operator.index(meta["vocab_size"]) <= 2**16:
+            raise ValueError("no such tokenizer")
         if meta["tokenizer"].startswith("bpe:"):
             tokenizer["ranks"] = (folder / "tokenizer.tiktoken").read_text(encoding="utf-8")
         for split, counts in meta["splits"].items():
@@ -463,12 +467,16 @@ def open_data(folder, check=False):
                 sys.exit(f"{path} has another SHA-256 than meta.json says: it was changed. {again}")
             if (top := splits[split].max()) >= meta["vocab_size"]:
                 sys.exit(f"{path} holds id {top}, but meta.json says {meta['vocab_size']:,} ids in all. {again}")
-        if "train" not in splits or not 0 <= meta["eot"] < meta["vocab_size"] or type(meta["vocab_size"]) is not int:
+        tokens = {base64.b64decode(line.split()[0], validate=True) for line in tokenizer["ranks"].splitlines()}
+        if tokens and (len(tokens) != meta["vocab_size"] - 1 or not tokens >= {bytes([b]) for b in range(256)}):
+            sys.exit(f"{folder / 'tokenizer.tiktoken'} is damaged, or another data set's. {again}")
+        if "train" not in splits or not 0 <= meta["eot"] < meta["vocab_size"]:
             raise ValueError("no train split, or an end-of-text id beyond the vocabulary")
     except FileNotFoundError as e:
         sys.exit(f"{e.filename} is missing. {again}")
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
-        sys.exit(f"{folder / 'meta.json'} is not as prepare_data.py writes it ({type(e).__name__}: {e}). {again}")
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as e:
+        why = repr(e)[:100]
+        sys.exit(f"{folder / 'meta.json'} is not as prepare_data.py writes it, or tokenizer.tiktoken: {why}. {again}")
     return meta, tokenizer, splits
 
 
@@ -494,22 +502,23 @@ def claim(folder):
     folder.mkdir(parents=True, exist_ok=True)
     lock = None
     try:
-        try:
-            import fcntl
+        import fcntl
 
-            lock = os.open(folder, os.O_RDONLY)
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            sys.exit(f"{folder} is in use by another run: --out FOLDER starts one elsewhere; --resume goes on with "
-                     "this one when it has ended")  # fmt: skip
-        except (ImportError, OSError):  # Windows, or a file system without locks: no one watches there
-            pass
+        lock = os.open(folder, os.O_RDONLY)
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(lock)
+        sys.exit(f"{folder} is in use by another run: --out FOLDER starts one elsewhere; --resume goes on with this "
+                 "one when it has ended")  # fmt: skip
+    except (ImportError, OSError):  # Windows, or a file system without locks: no one watches there
+        pass
+    try:
         yield
     finally:
-        if lock is not None:
-            os.close(lock)
         with suppress(OSError):
             folder.rmdir()  # if nothing came of it
+        if lock is not None:
+            os.close(lock)
 
 
 def read_checkpoint(path):
@@ -522,9 +531,15 @@ def read_checkpoint(path):
         ckpt = torch.load(path, map_location="cpu", weights_only=True)
         if wrong := [k for k, kind in {**kinds, "seconds": float}.items() if not isinstance(ckpt.get(k), kind)]:
             raise ValueError(f"no {', '.join(wrong)} as the model files write it")
-        n_layer = ckpt["config"].get("n_layer")
-        if ckpt["step"] < 0 or (isinstance(n_layer, int) and n_layer > len(ckpt["model"])):
-            raise ValueError(f"step {ckpt['step']}, n_layer {n_layer}")
+        tokenizer, n_layer = ckpt["tokenizer"], ckpt["config"].get("n_layer")
+        if {k: type(v) for k, v in tokenizer.items()} != dict(name=str, eot=int, vocab_size=int, ranks=str):
+            raise ValueError("its tokenizer is none")
+        if not re.fullmatch(r"\w+\.py", ckpt["model_file"]) or not re.fullmatch(r"[\w:.-]+", tokenizer["name"]):
+            raise ValueError("names that are none")
+        if ckpt["step"] < 0 or not 0 <= ckpt["seconds"] < math.inf:
+            raise ValueError(f"step {ckpt['step']} after {ckpt['seconds']} s")
+        if isinstance(n_layer, int) and n_layer > len(ckpt["model"]):
+            raise ValueError(f"{n_layer} layers in {len(ckpt['model'])} tensors")
     except FileNotFoundError:
         sys.exit(f"{path}: no such checkpoint")
     except Exception as e:  # torch, zip and pickle each have their own for a damaged file
@@ -536,8 +551,8 @@ def read_checkpoint(path):
 def open_log(path, step):
     """log.csv up to `step`; returns a function that appends a row. What came after `step` will be written again."""
     header = "step,tokens,train_loss,val_loss,val_bits_per_byte,lr,grad_norm,tokens_per_s,seconds"
-    lines = path.read_text(encoding="utf-8").splitlines()[1:] if path.exists() else []
-    lines = [line for line in lines if line.count(",") == header.count(",") and int(line.split(",")[0]) <= step]
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+    lines = [line for line in lines if re.match(r"\d{1,15}(,[^,]*){8}$", line) and int(line.split(",")[0]) <= step]
     write_whole(path, lambda file: file.write("".join(line + "\n" for line in [header, *lines]).encode()))
 
     def append(*cells):
@@ -619,6 +634,9 @@ def parse(argv):
         keep = set(names) - {"out", "device", "compile"} if options.resume or options.eval_only else set(network)
         inherited = {k: v for k, v in then.items() if k in keep}  # a field that is newer than it has its default
     cfg = Config(**{**inherited, **given})
+    for f in fields(Config):
+        if not isinstance(v := getattr(cfg, f.name), int | float if f.type is float else f.type):
+            sys.exit(f"{path}: its {f.name} is {repr(v)[:50]}, which is no {f.type.__name__}")
     positive = "block_size n_embd n_head batch_size micro_batch eval_interval eval_tokens log_interval"
     for k in positive.split():
         if getattr(cfg, k) < 1:
@@ -633,7 +651,12 @@ def parse(argv):
 def train(cfg, options, ckpt, rank, world, local_rank):
     """Trains, resumes or evaluates, as the command line says. One of these runs in each of `world` processes."""
     out, name = Path(cfg.out), Path(__file__).name
-    say = print if rank == 0 else lambda *args: None
+
+    def say(text):
+        if rank == 0:
+            with suppress(OSError):  # who read us may have gone: the run goes on
+                print(text, flush=True)
+
     if not (options.resume or options.eval_only) and any((out / f).exists() for f in ("ckpt.pt", "log.csv")):
         sys.exit(f"{out} holds a run already: --resume goes on with it, --out FOLDER starts another")
     device, dtype = choose_device(cfg, local_rank)
@@ -655,7 +678,7 @@ def train(cfg, options, ckpt, rank, world, local_rank):
         if ckpt:
             model.load_state_dict(ckpt["model"])
         model.to(device)
-        optimizer = configure_optimizer(model, cfg)
+        optimizer = None if options.eval_only else configure_optimizer(model, cfg)
         if options.resume:
             optimizer.load_state_dict({**optimizer.state_dict(), "state": ckpt["optimizer"]["state"]})
             for p, state in optimizer.state.items():
@@ -683,7 +706,7 @@ def train(cfg, options, ckpt, rank, world, local_rank):
         move = min(options.stride or cfg.block_size, cfg.block_size)
         say(f"{options.split}: {n['tokens']:,} tokens, in windows of {cfg.block_size} that move on by {move}")
         say(f"{nats:.4f} nats a token, {bits:.4f} bits a byte")
-        say(f"perplexity: {perplexity(nats):.3f} a token, {words:.3f} a word, {2**bits:.4f} a byte")
+        say(f"perplexity: {perplexity(nats):.3f} a token, {words:.3f} a word, {2 ** min(bits, 1000):.4f} a byte")
         return
     if len(splits["train"]) < cfg.block_size + model.ahead:
         n = len(splits["train"])
@@ -703,12 +726,26 @@ def train(cfg, options, ckpt, rank, world, local_rank):
     say(f"{name}: {n_params:,} parameters, {per_step:,} tokens a step, {how}, {cfg.data} -> {out}")
 
     def save(file):
+        if rank == 0:
+            nats = evaluate(model, splits["train"], meta["eot"], cfg, model.ahead, amp, limit=cfg.block_size)
+            if not math.isfinite(nats):
+                sys.exit(f"after step {step} the loss is {nats}: not saved. The last good checkpoint, if any, is "
+                         f"{out / 'ckpt.pt'}: --resume with a lower --learning-rate")  # fmt: skip
         # Each step draws its batch and its dropout from (seed, step): that is all the state of randomness there is.
         state = {"model_file": name, "config": asdict(cfg), "tokenizer": tokenizer, "model": model.state_dict()}
         state |= {"optimizer": optimizer.state_dict(), "step": step, "rng": [cfg.seed, step]}
         state |= {"best": best, "seconds": seconds}
         if rank == 0:
             write_whole(out / file, lambda f: torch.save(state, f))
+
+    signals = []  # Ctrl-C and SIGTERM let the step finish and save; a second one ends it there
+
+    def on_signal(number, frame):
+        signals.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, on_signal)
 
     if rank == 0:
         if not options.resume:
@@ -722,15 +759,6 @@ def train(cfg, options, ckpt, rank, world, local_rank):
             rows = [t.pin_memory() for t in rows]
         idx, targets = (t.to(device, non_blocking=True) for t in rows)
         return list(zip(idx.split(cfg.micro_batch), targets.split(cfg.micro_batch)))
-
-    signals = []  # Ctrl-C and SIGTERM let the step finish and save; a second one ends it there
-
-    def on_signal(number, frame):
-        signals.append(number)
-        signal.signal(number, signal.SIG_DFL)
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, on_signal)
 
     # The loop.
     model.train()
@@ -779,7 +807,8 @@ def train(cfg, options, ckpt, rank, world, local_rank):
                 val, bits = score("val")
         if step % cfg.log_interval == 0 or evaluating or stopped:
             per_second = (step - mark[0]) * per_step / (seconds - mark[1])
-            left = time.strftime("%H:%M:%S", time.gmtime((cfg.max_steps - step) * per_step / per_second))
+            left = int((cfg.max_steps - step) * per_step / per_second)
+            left = f"{left // 3600:02}:{left // 60 % 60:02}:{left % 60:02}"
             mfu = f"  MFU {per_second * flops / peak / world:.1%}" if peak else ""
             say(f"step {step:>6,}/{cfg.max_steps:,}  loss {loss:.4f}  lr {lr:.2e}  norm {norm:.2f}"
                 f"  {per_second:>9,.0f} tokens/s{mfu}  {left} left")  # fmt: skip
@@ -801,14 +830,20 @@ def train(cfg, options, ckpt, rank, world, local_rank):
 
 
 def main(argv=None):
-    cfg, options, ckpt = parse(argv)
     env, handlers = os.environ, {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
     rank, world, local_rank = (int(env.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # a terminal may lack letters that a folder's name has
+    cfg, options, ckpt = parse(argv)
     try:
         with claim(Path(cfg.out)) if rank == 0 and not options.eval_only else nullcontext():
             train(cfg, options, ckpt, rank, world, local_rank)
     except OSError as e:
         sys.exit(f"{e.filename or cfg.out}: {e.strerror or e}")
+    except MemoryError:
+        sys.exit("not enough memory: take a smaller --batch-size, --micro-batch or network")
+    except KeyboardInterrupt:  # before the first step, or while evaluating
+        sys.exit(130)
     except RuntimeError as e:
         if world == 1 or not re.search("gloo|NCCL|store|[Cc]onnection", str(e)):
             raise

@@ -202,7 +202,9 @@ def load(ckpt, device="cpu"):
         model = module.Model(module.Config(**state["config"]))
         model.load_state_dict(state["model"])
         tokenizer = load_tokenizer(state["tokenizer"]["name"], state["tokenizer"]["ranks"])
-    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as e:
+        if tokenizer.n_vocab != state["tokenizer"]["vocab_size"]:
+            raise ValueError(f"its tokenizer has {tokenizer.n_vocab} ids, not {state['tokenizer']['vocab_size']}")
+    except Exception as e:  # a hand-made Config fails in as many ways as there are
         sys.exit(f"{ckpt} does not fit {source.name} ({' '.join(str(e).split())[:200]})")
     return model.to(device).eval(), tokenizer
 
@@ -277,6 +279,8 @@ def main(argv=None):
         parser.error("--num-samples must be at least 1 and --max-new-tokens at least 0")
     if min(args.top_k, args.beam_width) < 1 or not args.temperature >= 0 or not 0 <= args.top_p <= 1:
         parser.error("--top-k and --beam-width must be at least 1, --temperature at least 0, --top-p in [0, 1]")
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # a terminal may lack letters that a model has
     device, dtype = choose_device(args, int(os.environ.get("LOCAL_RANK", 0)))
     model, tokenizer = load(args.ckpt, device)
     model.to(dtype if args.dtype != "auto" or device.type == "cuda" else torch.float32)
@@ -305,9 +309,9 @@ def main(argv=None):
     except UnicodeDecodeError:
         sys.exit(f"{args.prompt_file or 'standard input'}: not UTF-8")
     except OSError as e:
-        sys.exit(f"{e.filename}: {e.strerror}")
-    except ValueError as e:
-        sys.exit(f"sample.py: {e}")
+        sys.exit(f"{e.filename or 'standard output'}: {e.strerror}")
+    except (ValueError, OverflowError, MemoryError) as e:
+        sys.exit(f"sample.py: {str(e) or 'not enough memory'}")
 
 
 if __name__ == "__main__":

@@ -232,7 +232,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
     ckpt["model"]["ln_f.weight"][0] = math.nan
     torch.save(ckpt, tmp_path / "poisoned.pt")
     line = fails("gpt2", data, tmp_path / "other", "--init-from", tmp_path / "poisoned.pt")
-    assert "step 1" in line and "nan" in line and "ckpt.pt" in line
+    assert "step 0" in line and "nan" in line and "ckpt.pt" in line
     line = fails(
         "gpt2", data, tmp_path / "run", "--resume", "--max-steps", 400, "--learning-rate", 1e30, "--weight-decay", 0
     )
