@@ -262,8 +262,11 @@ class Model(nn.Module):
             self.lm_head.weight = self.wte.weight
         for name, p in self.named_parameters():
             if p.dim() >= 2:  # the stream is a sum of 2 n_layer terms: scaled so that it starts no wider for it
-                last = "c_proj" in name or "maps" in name
-                nn.init.normal_(p, std=0.02 / math.sqrt(2 * cfg.n_layer) if last else 0.02)
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * cfg.n_layer) if "c_proj" in name else 0.02)
+            elif "ln_1.weight" in name:
+                # A row adds up to block_size vectors that have much in common, and Adam moves all its entries at once:
+                # at full size the sum drowns the tokens, and only their frequencies are learned (README).
+                nn.init.constant_(p, cfg.block_size**-0.5)
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
 
