@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 import zipfile
-from functools import cache
+from functools import cache, partial
 from hashlib import sha256
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.machinery import ModuleSpec
@@ -275,7 +275,9 @@ def start(*argv, **env):
     """The script in a process of its own, in the folder of the test."""
     command = [sys.executable, prepare_data.__file__, *map(str, argv)]
     env = {**os.environ, "OMP_NUM_THREADS": "1", **env}
-    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    awake = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs ignore Ctrl-C
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, env=env, preexec_fn=awake, **pipes)
 
 
 def wait_for(condition, seconds=20):
