@@ -121,7 +121,7 @@ def train_bpe(words, vocab_size):
 def load_tokenizer(name, ranks=""):
     """The tiktoken.Encoding called `name`: `bpe:N` (with `ranks`, the text of its tokenizer.tiktoken), `bytes`, or
     any name tiktoken knows. Its end of text is the id `.eot_token`. Exits with one line if there is no such
-    tokenizer or its ids do not fit 16 bits."""
+    tokenizer or its ids do not fit 16 bits; damaged ranks are a ValueError."""
     if name == "bytes":
         tokens = [bytes([b]) for b in range(256)]
     elif name.startswith("bpe:"):
@@ -157,17 +157,25 @@ def dump_ranks(tokens):
     return "".join(f"{base64.b64encode(token).decode()} {i}\n" for i, token in enumerate(tokens))
 
 
-# --- downloads
-
-DOWNLOADS = Path("data/downloads")
-HUB = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
-TIMEOUT = 10  # seconds without a byte: then we ask again, from where we are
-PAUSES = (1, 2, 4, 8)  # seconds between tries of which none got further than the one before
-OVERLAP = 2**10  # bytes that a resumed download reads again: do they fit what lies on disk?
+# --- files, whole or not there
 
 
-class Torn(Exception):
-    """A download that broke off, or brought what it should not: worth another try."""
+def sync(file):
+    """Waits until what was written is on the disk."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def write_whole(path, write):
+    """Has write(file) fill a file that takes its name when it is whole, in place of what stood there."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            sync(file)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -186,6 +194,19 @@ def alone_in(folder, waiting):
     finally:
         if flock:
             os.close(lock)
+
+
+# --- downloads
+
+DOWNLOADS = Path("data/downloads")
+HUB = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+TIMEOUT = 10  # seconds without a byte: then we ask again, from where we are
+PAUSES = (1, 2, 4, 8)  # seconds between tries of which none got further than the one before
+OVERLAP = 2**10  # bytes that a resumed download reads again: do they fit what lies on disk?
+
+
+class Torn(Exception):
+    """A download that broke off, or brought what it should not: worth another try."""
 
 
 def shown(url):
@@ -303,8 +324,7 @@ def download(url, size=None, sha256=None):
                 file.write(chunk[again:])
                 seam = seam[again:]
                 progress.add(len(chunk))
-            file.flush()
-            os.fsync(file.fileno())
+            sync(file)
         got = part.stat().st_size
         if total is not None and got < total:
             raise Torn(f"the connection ended after {got:,} of {total:,} bytes")
@@ -528,9 +548,9 @@ def read_jsonl(path, fields, errors):
                 try:
                     entry = json.loads(line.decode("utf-8", errors))
                 except UnicodeError:
-                    entry = sys.exit(f"{path}:{number}: not UTF-8. Mend it, or put U+FFFD there: --errors replace.")
+                    sys.exit(f"{path}:{number}: not UTF-8. Mend it, or put U+FFFD there: --errors replace.")
                 except (ValueError, RecursionError) as e:
-                    entry = sys.exit(f"{path}:{number}: not a JSON object with a text in it ({e}).")
+                    sys.exit(f"{path}:{number}: not a JSON object with a text in it ({e}).")
                 yield text_of(entry, fields, errors, f"{path}:{number}")
 
 
@@ -557,20 +577,18 @@ def read_json(path, fields, errors):
         sys.exit(f"{path}: the array ends after object {number:,} without a ]: is a part of the file missing?")
 
 
-def read_parquet(path, field, batch_size=256):
-    """Yields a column of a Parquet file, row by row."""
+def read_parquet(path, fields, batch_size=256):
+    """Yields the text of each row of a Parquet file: that of its fields, an empty line between them."""
     import pyarrow
     from pyarrow import parquet
 
     try:
         with parquet.ParquetFile(path) as file:
-            if field not in file.schema_arrow.names:
-                sys.exit(f"{path}: no column {field!r}; --field names the one that holds the text.")
-            for rows in file.iter_batches(batch_size, columns=[field]):
-                for text in rows.column(0).to_pylist():
-                    if not isinstance(text, str | None):
-                        raise TypeError
-                    yield text or ""
+            if missing := [field for field in fields if field not in file.schema_arrow.names]:
+                sys.exit(f"{path}: no column {missing[0]!r}; --field names the one that holds the text.")
+            for rows in file.iter_batches(batch_size, columns=fields):
+                for texts in zip(*(rows.column(field).to_pylist() for field in fields)):
+                    yield "\n\n".join("" if text is None else text for text in texts)
     except (pyarrow.ArrowException, TypeError) as e:
         sys.exit(f"{path}: not a Parquet file with texts in it ({type(e).__name__}).")
 
@@ -634,7 +652,8 @@ class Source:
 
     def __init__(self, args):
         self.shards, self.val_fraction = find_shards(args), args.val_fraction
-        self.name, self.fields = args.name, args.field.split(",")
+        self.name = args.name
+        self.fields = ["instruction", "output"] if args.name == "maths-college" else args.field.split(",")
         self.errors = "replace_and_count" if args.errors == "replace" else "strict"
         for shard in self.shards:
             if shard.path:
@@ -656,14 +675,12 @@ class Source:
         elif self.name == "tinystories":
             split = None if len(self.shards) == 1 else "val" if shard is self.shards[-1] else "train"
             yield from ((split, story) for story in between(read_text(path, errors), EOT))
-        elif self.name == "maths-college":
-            yield from ((None, text) for text in read_json(path, ["instruction", "output"], errors))
         elif path.suffix == ".json":
             yield from ((None, text) for text in read_json(path, fields, errors))
         elif path.suffix == ".jsonl":
             yield from ((None, text) for text in read_jsonl(path, fields, errors))
         elif path.suffix == ".parquet":
-            yield from ((None, text) for text in read_parquet(path, fields[0]))
+            yield from ((None, text) for text in read_parquet(path, fields))
         elif len(self.shards) > 1:  # each file is a document
             with open(path, "rb") as file:
                 split = split_of(iter(lambda: file.read(BLOCK), b""), self.val_fraction)
@@ -732,8 +749,7 @@ class SplitWriter:
         self.counts["tokens"] += len(ids)
 
     def flush(self):
-        self.file.flush()
-        os.fsync(self.file.fileno())
+        sync(self.file)
         return self.counts
 
 
@@ -812,13 +828,6 @@ def write_splits(source, encoding, writers, open_split, first, save):
     progress.end()
 
 
-def write_file(path, text):
-    with open(path, "w", encoding="utf-8", newline="") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
 def prepare(args, out):
     """Writes the data set `args.name` to the folder `out`, where no one else writes now."""
     global replacements
@@ -845,8 +854,7 @@ def prepare(args, out):
     def save(number):
         state = {"what": what, "done": number, "ranks": ranks, "replacements": replacements}
         state["splits"] = {split: writer.flush() for split, writer in writers.items()}
-        write_file(journal.with_suffix(".new"), json.dumps(state))
-        os.replace(journal.with_suffix(".new"), journal)
+        write_whole(journal, lambda file: file.write(json.dumps(state).encode()))
 
     try:
         if args.tokenizer.startswith("bpe:") and not ranks:
@@ -858,9 +866,10 @@ def prepare(args, out):
         if "train" not in splits:
             sys.exit(f"{args.name}: no text for training in it (--val-fraction {args.val_fraction}).")
         meta = {"vocab_size": encoding.n_vocab, "tokenizer": args.tokenizer, "eot": encoding.eot_token}
-        write_file(temporary["meta.json"], json.dumps({**meta, "splits": splits}, indent=1) + "\n")
+        text = json.dumps({**meta, "splits": splits}, indent=1) + "\n"
+        write_whole(temporary["meta.json"], lambda file: file.write(text.encode()))
         if ranks:
-            write_file(temporary["tokenizer.tiktoken"], ranks)
+            write_whole(temporary["tokenizer.tiktoken"], lambda file: file.write(ranks.encode()))
         # Without meta.json a folder is no data set: it goes first and comes last.
         (out / "meta.json").unlink(missing_ok=True)
         journal.unlink(missing_ok=True)
@@ -973,15 +982,7 @@ def prepare_weights(args):
     state |= {"optimizer": {"state": {}}, "step": 0, "rng": [0, 0], "best": math.inf, "seconds": 0.0}
     out = Path(args.out or Path("out") / f"{name}-openai")
     with alone_in(out, "another process writes it"):
-        temporary = out / "ckpt.pt.partial"
-        try:
-            with open(temporary, "wb") as file:
-                torch.save(state, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, out / "ckpt.pt")
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_whole(out / "ckpt.pt", lambda file: torch.save(state, file))
     print(
         f"{out / 'ckpt.pt'}: {sum(map(torch.numel, ours.values())) - padding * C:,} parameters. "
         f"Hear it: python sample.py --ckpt {out / 'ckpt.pt'}"

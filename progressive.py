@@ -30,7 +30,6 @@ import hashlib
 import inspect
 import json
 import math
-import operator
 import os
 import re
 import signal
@@ -445,8 +444,8 @@ def perplexity(nats):
 
 
 def open_data(folder, check=False):
-    """A data set: (meta.json, what a checkpoint says of its tokenizer, memory map of each split). Exits with one line
-    if a part is missing or does not fit the others; check: nor its checksum, for which it is read once."""
+    """A data set: (meta.json, what a checkpoint says of its tokenizer, memory map of each split). check: compares each
+    split with its checksum. Exits with one line if a part is missing or does not fit the others."""
     folder, splits = Path(folder), {}
     again = f"Prepare it again: python prepare_data.py {folder.name}"
     if not folder.is_dir():
@@ -454,7 +453,9 @@ def open_data(folder, check=False):
     try:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         tokenizer = {"name": meta["tokenizer"], "eot": meta["eot"], "vocab_size": meta["vocab_size"], "ranks": ""}
-        if not re.fullmatch(r"[\w:.-]+", meta["tokenizer"]) or not 0 < operator.index(meta["vocab_size"]) <= 2**16:
+        if [type(v) for v in tokenizer.values()] != [str, int, int, str] or not 0 < meta["vocab_size"] <= 2**16:
+            raise ValueError("counts that are none")
+        if not re.fullmatch(r"[\w:.-]+", meta["tokenizer"]):
             raise ValueError("no such tokenizer")
         if meta["tokenizer"].startswith("bpe:"):
             tokenizer["ranks"] = (folder / "tokenizer.tiktoken").read_text(encoding="utf-8")
@@ -670,7 +671,7 @@ def train(cfg, options, ckpt, rank, world, local_rank):
         if cfg.vocab_size != meta["vocab_size"]:
             sys.exit(f"--vocab-size {cfg.vocab_size}: {cfg.data} has {meta['vocab_size']} ids")
     elif ckpt["tokenizer"] != tokenizer:
-        theirs = ckpt["tokenizer"].get("name")
+        theirs = ckpt["tokenizer"]["name"]
         sys.exit(f"--data {cfg.data} ({tokenizer['name']}) has other ids than the checkpoint ({theirs})")
     torch.manual_seed(cfg.seed)
     try:
@@ -702,11 +703,11 @@ def train(cfg, options, ckpt, rank, world, local_rank):
         if options.split not in splits:
             sys.exit(f"--split {options.split}: {cfg.data} has {', '.join(splits)}")
         (nats, bits), n = score(options.split, stride=options.stride), meta["splits"][options.split]
-        words = perplexity(nats * n["tokens"] / max(1, n["words"]))
+        a_word, a_byte = perplexity(nats * n["tokens"] / max(1, n["words"])), perplexity(bits * math.log(2))
         move = min(options.stride or cfg.block_size, cfg.block_size)
         say(f"{options.split}: {n['tokens']:,} tokens, in windows of {cfg.block_size} that move on by {move}")
         say(f"{nats:.4f} nats a token, {bits:.4f} bits a byte")
-        say(f"perplexity: {perplexity(nats):.3f} a token, {words:.3f} a word, {2 ** min(bits, 1000):.4f} a byte")
+        say(f"perplexity: {perplexity(nats):.3f} a token, {a_word:.3f} a word, {a_byte:.4f} a byte")
         return
     if len(splits["train"]) < cfg.block_size + model.ahead:
         n = len(splits["train"])
@@ -726,17 +727,17 @@ def train(cfg, options, ckpt, rank, world, local_rank):
     say(f"{name}: {n_params:,} parameters, {per_step:,} tokens a step, {how}, {cfg.data} -> {out}")
 
     def save(file):
-        if rank == 0:
-            nats = evaluate(model, splits["train"], meta["eot"], cfg, model.ahead, amp, limit=cfg.block_size)
-            if not math.isfinite(nats):
-                sys.exit(f"after step {step} the loss is {nats}: not saved. The last good checkpoint, if any, is "
-                         f"{out / 'ckpt.pt'}: --resume with a lower --learning-rate")  # fmt: skip
+        if rank != 0:
+            return
+        nats = evaluate(model, splits["train"], meta["eot"], cfg, model.ahead, amp, limit=cfg.block_size)
+        if not math.isfinite(nats):
+            sys.exit(f"after step {step} the loss is {nats}: not saved. The last good checkpoint, if any, is "
+                     f"{out / 'ckpt.pt'}: --resume with a lower --learning-rate")  # fmt: skip
         # Each step draws its batch and its dropout from (seed, step): that is all the state of randomness there is.
         state = {"model_file": name, "config": asdict(cfg), "tokenizer": tokenizer, "model": model.state_dict()}
         state |= {"optimizer": optimizer.state_dict(), "step": step, "rng": [cfg.seed, step]}
         state |= {"best": best, "seconds": seconds}
-        if rank == 0:
-            write_whole(out / file, lambda f: torch.save(state, f))
+        write_whole(out / file, lambda f: torch.save(state, f))
 
     signals = []  # Ctrl-C and SIGTERM let the step finish and save; a second one ends it there
 
@@ -831,6 +832,7 @@ def train(cfg, options, ckpt, rank, world, local_rank):
 
 def main(argv=None):
     env, handlers = os.environ, {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+    # torchrun sets these, one process for each device
     rank, world, local_rank = (int(env.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a terminal may lack letters that a folder's name has

@@ -1214,8 +1214,9 @@ class ParquetFile:
 
     def iter_batches(self, batch_size, columns):
         for i in range(0, len(self.rows), batch_size):
-            values = [row[columns[0]] for row in self.rows[i : i + batch_size]]
-            yield SimpleNamespace(column=lambda _, values=values: SimpleNamespace(to_pylist=lambda: values))
+            rows = self.rows[i : i + batch_size]
+            values = {name: [row[name] for row in rows] for name in columns}
+            yield SimpleNamespace(column=lambda name, v=values: SimpleNamespace(to_pylist=lambda: v[name]))
 
 
 @pytest.fixture
@@ -1347,6 +1348,12 @@ def test_without_pyarrow_it_is_asked_for_before_anything_is_downloaded(site, mon
     assert "pip install pyarrow" in error("openwebmath", "--url", hub(site))
     assert "pip install pyarrow" in error("openwebmath", "--url", site.url + "/a.parquet")
     assert not any(request.path.endswith(".parquet") for request in site.requests)
+
+
+def test_two_columns_of_parquet_are_a_text(site, lines_for_parquet):
+    url = site.serve("/a.parquet", page(as_lines(PAGES[0])))
+    prepare("openwebmath", "--url", url, "--field", "url,text", "--val-fraction", 0)
+    assert documents("openwebmath") == [f"https://example.com\n\n{text}".encode() for text in PAGES[0]]
 
 
 def test_openwebmath_with_pyarrow(site):
