@@ -36,43 +36,51 @@ class Fused(scratch_former.Attention):
         return self.w_o(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
 
 
-def fused(cfg):
-    model = scratch_former.Model(cfg)
-    for block in model.h:
-        block.attn.__class__ = Fused
+fused = scratch_former.Config(V)  # the one whose model gets it
+
+
+def build(cfg):
+    model = sys.modules[type(cfg).__module__].Model(cfg)
+    if cfg is fused:
+        for block in model.h:
+            block.attn.__class__ = Fused
     return model
 
 
 gpt2_12 = gpt2.Config(V, 256, 12, 6, 192)
-prog = progressive.Config(V, 256, 12, 6, 192)
+grown = progressive.Config(V, 256, 12, 6, 192)
 hourglass = conv_attention.Config(V, 1024, **{**conv_attention.PRESETS["hourglass"], "max_steps": 1})
+gpt2_4, mixer_4 = gpt2.Config(V, 512, 4, 8, 128), mixer.Config(V, 512, 4, 1, 128)
 TRAIN = {  # name: (A, B, batch size); the ratio is B's time to A's
     "conv_attention.py --preset hourglass / gpt2.py, 6 layers, width 192": (
-        gpt2.Model(gpt2.Config(V, 1024, 6, 6, 192)),
-        conv_attention.Model(hourglass),
+        gpt2.Config(V, 1024, 6, 6, 192),
+        hourglass,
         2,
     ),
-    "progressive.py, stage 1 / gpt2.py": (gpt2.Model(gpt2_12), progressive.Model(prog), 8),
-    "progressive.py, stage 2 / gpt2.py": (gpt2.Model(gpt2_12), progressive.Model(replace(prog, stage=2)), 8),
-    "progressive.py, stage 3 / gpt2.py": (gpt2.Model(gpt2_12), progressive.Model(replace(prog, stage=3)), 8),
-    "mixer.py / gpt2.py": (gpt2.Model(gpt2.Config(V, 512, 8, 4, 256)), mixer.Model(mixer.Config(V)), 4),
-    "scratch_former.py / with a fused kernel": (
-        fused(scratch_former.Config(V)),
-        scratch_former.Model(scratch_former.Config(V)),
-        10,
-    ),
+    "progressive.py, stage 1 / gpt2.py": (gpt2_12, grown, 8),
+    "progressive.py, stage 2 / gpt2.py": (gpt2_12, replace(grown, stage=2), 8),
+    "progressive.py, stage 3 / gpt2.py": (gpt2_12, replace(grown, stage=3), 8),
+    "mixer.py / gpt2.py, 8 layers, width 256": (gpt2.Config(V, 512, 8, 4, 256), mixer.Config(V), 4),
+    "scratch_former.py / with a fused kernel": (fused, scratch_former.Config(V), 10),
 }
+MIXERS = {
+    "flat": {},
+    "expanded": {"mixing": "expanded"},
+    "softmax": {"mixing": "softmax"},
+    "4 heads": {"n_head": 4},
+    "kernel 4": {"kernel": 4},
+    "rotary": {"rotary": True},
+}
+TRAIN |= {f"small mixer.py, {k} / gpt2.py, 8 heads": (gpt2_4, replace(mixer_4, **v), 4) for k, v in MIXERS.items()}
+TRAIN |= {f"small gpt2.py, {n} heads / 8 heads": (gpt2_4, replace(gpt2_4, n_head=n), 4) for n in (16, 4)}
 DECODE = {  # name: (A, B)
-    "conv_attention.py --ahead 1 / gpt2.py, 1024 before": (
-        gpt2.Model(gpt2.Config(V, 1024, 15, 4, 128)),
-        conv_attention.Model(hourglass),
-    ),
-    "mixer.py / gpt2.py, 512 before": (gpt2.Model(gpt2.Config(V, 512, 8, 4, 256)), mixer.Model(mixer.Config(V))),
+    "conv_attention.py --ahead 1 / gpt2.py, 1024 before": (gpt2.Config(V, 1024, 15, 4, 128), hourglass),
+    "mixer.py / gpt2.py, 512 before": (gpt2.Config(V, 512, 8, 4, 256), mixer.Config(V)),
 }
 
 
-def trainer(model, batch_size, device):
-    model.to(device).train()
+def trainer(cfg, batch_size, device):
+    model = build(cfg).to(device).train()
     optimizer = gpt2.configure_optimizer(model, gpt2.Config())
     idx = torch.randint(V, (batch_size, model.cfg.block_size), device=device)
 
@@ -86,9 +94,9 @@ def trainer(model, batch_size, device):
     return step
 
 
-def decoder(model, device):
+def decoder(cfg, device):
     """Feeds the last 64 tokens of a full context, one by one."""
-    model.to(device).eval()
+    model = build(cfg).to(device).eval()
     idx = torch.randint(V, (1, model.cfg.block_size), device=device)
 
     @torch.no_grad()
@@ -120,10 +128,11 @@ def main():
     args = parser.parse_args()
     what = torch.cuda.get_device_name() if args.device != "cpu" else platform.processor() or platform.machine()
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {what}")
-    pairs = {f"train   {k}": [trainer(m, v[2], args.device) for m in v[:2]] for k, v in TRAIN.items()}
-    pairs |= {f"decode  {k}": [decoder(m, args.device) for m in v] for k, v in DECODE.items()}
-    for name, (a, b) in pairs.items():
+    pairs = {f"train   {k}": [(trainer, m, v[2]) for m in v[:2]] for k, v in TRAIN.items()}
+    pairs |= {f"decode  {k}": [(decoder, m) for m in v] for k, v in DECODE.items()}
+    for name, pair in pairs.items():
         if args.only in name:
+            a, b = (make(*rest, args.device) for make, *rest in pair)
             times = [(seconds(a, args.device), seconds(b, args.device)) for _ in range(args.turns + 1)][1:]
             ratios = sorted(y / x for x, y in times)
             one, other = (1000 * statistics.median(t) for t in zip(*times))
