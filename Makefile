@@ -6,6 +6,8 @@ MODEL ?= gpt2
 DATASET ?= stdlib
 TOKENIZER ?= bpe:4096
 ARGS ?=
+SCALE ?= cpu
+NANOGPT ?=
 PROMPT ?= def main(
 PY := .venv/bin/python
 
@@ -13,6 +15,8 @@ help:
 	@echo 'make demo                       prepare text, train a small GPT-2 on it, print a sample of every decoder'
 	@echo 'make data DATASET=... TOKENIZER=...   token files in data/ (stdlib, tinystories, a .txt, ...; bpe:4096, gpt2, ...)'
 	@echo 'make train MODEL=gpt2 ARGS=...  train a model file; ARGS are its options: ARGS="--preset report --device cuda"'
+	@echo 'make compare SCALE=cpu          all models on the same tokens, as a table, a plot and samples in assets/; or gpu'
+	@echo 'make bench NANOGPT=DIR          speed beside nanoGPT (a clone of it), transformers, tokenizers and tiktoken'
 	@echo 'make test                       run the tests'
 	@echo 'make soak                       the long tests: kill, fill, damage, for twenty minutes'
 	@echo 'make lint                       check the code with ruff'
@@ -39,6 +43,15 @@ data: .venv/installed
 train: .venv/installed
 	$(PY) $(MODEL).py $(ARGS)
 
+compare: .venv/installed-dev
+	$(PY) bench/compare.py --scale '$(SCALE)'
+
+bench: .venv/installed-dev
+	test -z '$(NANOGPT)' || $(PY) bench/train.py --nanogpt '$(NANOGPT)'
+	$(PY) bench/decode.py
+	$(PY) bench/bpe.py
+	$(PY) bench/prepare.py --mb 50 --turns 3
+
 test: .venv/installed-dev
 	$(PY) -m pytest -n auto
 
@@ -52,4 +65,4 @@ lint: .venv/installed-dev
 clean:
 	rm -rf .venv __pycache__ tests/__pycache__ .pytest_cache .ruff_cache
 
-.PHONY: help demo data train test soak lint clean
+.PHONY: help demo data train compare bench test soak lint clean
