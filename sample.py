@@ -49,11 +49,15 @@ class Context:
             # last half again in a new window, and the price is one such step in every block_size / 2.
             self.start, self.cache = T - max(1, self.block_size // 2), self.model.new_cache(B)
         window = self.tokens[:, self.start :]
-        if not self.use_cache:
-            if window.size(1) >= self.model.ahead:
-                return self.model(window)[:, -self.model.ahead :].float()
-            self.cache = self.model.new_cache(B)  # a cache gives the logits after a text shorter than `ahead`, too
-        return self.model(window[:, self.cache.length :], cache=self.cache).float()
+        if not self.use_cache and window.size(1) >= self.model.ahead:
+            logits = self.model(window)[:, -self.model.ahead :].float()
+        else:
+            if not self.use_cache:
+                self.cache = self.model.new_cache(B)  # gives the logits after a text shorter than `ahead`, too
+            logits = self.model(window[:, self.cache.length :], cache=self.cache).float()
+        if logits.isnan().any():
+            raise ValueError("the network's logits are not numbers: take a checkpoint from before its weights broke")
+        return logits
 
     def append(self, new):
         self.tokens = torch.cat([self.tokens, new], dim=1)
@@ -72,13 +76,23 @@ def probabilities(logits, temperature=1.0, top_k=None, top_p=None):
         logits = torch.full_like(logits, -math.inf).scatter(-1, ids, kept)
     probs = logits.softmax(-1)
     if top_p is not None:
-        ranked, ids = probs.sort(dim=-1, descending=True, stable=True)
+        ranked, ids = probs.topk(min(1024, probs.size(-1)))  # most texts need no more, and sorting all takes longer
+        if ranked.sum(-1).min() < top_p:
+            ranked, ids = probs.sort(dim=-1, descending=True)
         before = ranked.cumsum(-1) - ranked  # mass of the likelier ones: the token that crosses p stays
         ranked[before >= top_p] = 0.0
         ranked[..., 0] = ranked[..., 0].clamp(min=torch.finfo(ranked.dtype).tiny)  # never less than one token
         probs = torch.zeros_like(probs).scatter(-1, ids, ranked)
         probs = probs / probs.sum(-1, keepdim=True)
     return probs
+
+
+def draw(probs, generator=None):
+    """An id from each row of probs (B, V) -> (B): where the cumulative sum passes a random height. One random number a
+    row; torch.multinomial takes V of them."""
+    cdf = probs.cumsum(-1, dtype=torch.float64)
+    height = 1 - torch.rand(len(probs), 1, generator=generator, dtype=torch.float64, device=probs.device)  # in (0, 1]
+    return torch.searchsorted(cdf, height * cdf[:, -1:])[:, 0]
 
 
 @torch.no_grad()
@@ -97,7 +111,7 @@ def stream(model, idx, max_new_tokens, decode, temperature, top_k, top_p, eot, g
             if decode == "greedy" or temperature == 0:
                 token = step.argmax(-1)
             else:
-                token = torch.multinomial(probabilities(step, temperature, top_k, top_p), 1, generator=generator)[:, 0]
+                token = draw(probabilities(step, temperature, top_k, top_p), generator)
             if eot is not None:
                 token = token.masked_fill(ended, eot)
                 ended = ended | (token == eot)

@@ -106,13 +106,10 @@ class Cache:
 
     def select(self, rows):
         """Makes row i of the batch what row rows[i] was: keeps, repeats or reorders them."""
-
-        def move(old):
-            new = old.new_empty(old.size(0), len(rows), *old.shape[2:])
-            new[:, :, :, : self.length] = old[:, rows, :, : self.length]
-            return new
-
-        self.k, self.v = move(self.k), move(self.v)
+        k, v = (old[:, rows, :, : self.length] for old in (self.k, self.v))
+        if len(rows) != self.k.size(1):
+            self.k, self.v = (old.new_empty(len(old), len(rows), *old.shape[2:]) for old in (self.k, self.v))
+        self.k[:, :, :, : self.length], self.v[:, :, :, : self.length] = k, v
         self.pad = self.pad[rows] if self.pad is not None else None
 
 

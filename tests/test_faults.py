@@ -269,6 +269,15 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(name, data, 
     assert last < 20, f"the last good checkpoint is of step {after['step']}, a run from step {before['step']}: {last}"
 
 
+@pytest.mark.parametrize("decode", ["greedy", "beam", "top-k", "temperature", "nucleus"])
+def test_sampling_from_weights_that_are_no_numbers_is_one_line(decode, data, tmp_path):
+    import sample
+
+    train("gpt2", data, tmp_path / "run", "--max-steps", 1)
+    bad = poisoned(tmp_path / "run" / "ckpt.pt", tmp_path / "bad.pt", math.nan)
+    assert "not numbers" in refused(sample.main, "--ckpt", bad, "--prompt", "the", "--decode", decode)
+
+
 def test_perplexity_of_a_network_that_is_far_off_is_a_number(data, tmp_path, capsys):
     train("gpt2", data, tmp_path / "run", "--max-steps", 1)
     state = checkpoint(tmp_path / "run" / "ckpt.pt")
