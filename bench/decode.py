@@ -3,11 +3,12 @@
     python bench/decode.py                     on the CPU
     python bench/decode.py --device cuda       bfloat16 in both
 
-The last norm is scaled by 6.5, which gives the next token about the entropy of text, 4 nats: nucleus sampling of nearly
-uniform probabilities would be another task. Three settings: greedy at batch 1, beam search of width 4, nucleus at batch 8. On a CPU sample.py computes in float32,
-and generate takes its turn in float32 and in bfloat16: the better one counts. Turns alternate (A B C A B C ...) in one
-process, the first does not count. Prints steps a second (tokens of each text), the ratio and its range, and how close
-greedy comes to reading every weight once a token at the speed of the machine's own matrix-vector product.
+The last norm is scaled by 6.5, which gives the next token about the entropy it has in text, 4 to 5 nats: a nucleus of
+nearly uniform probabilities would hold the whole vocabulary. Three settings: greedy at batch 1, beam search of width 4,
+nucleus at batch 8. On a CPU sample.py computes in float32, and generate takes its turn in float32 and in bfloat16: the
+better one counts. Turns alternate (A B C A B C ...) in one process, the first does not count. Prints steps a second
+(tokens of each text), the ratio and its range, and how close greedy comes to reading every weight once a token at the
+speed of the machine's own matrix-vector product.
 """
 
 import argparse
