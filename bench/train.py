@@ -3,13 +3,15 @@
     python bench/train.py --nanogpt DIR        DIR: a clone of github.com/karpathy/nanoGPT
 
 Each is a process of its own, in turn (A B A B ...), because both reuse memory that a process keeps. A step is forward,
-backward, clipping and AdamW on random tokens; the first three are not counted. Prints tokens/s and their ratio.
+backward, clipping and AdamW on random tokens; the first three are not counted. Prints tokens/s, the most memory that
+the process held above what its imports take, and the ratios.
 """
 
 import argparse
 import contextlib
 import io
 import platform
+import resource
 import statistics
 import subprocess
 import sys
@@ -23,11 +25,13 @@ SHAPES = {  # n_layer, n_head, n_embd, block_size, batch, vocabulary
 
 
 def measure(which, nanogpt, shape, steps):
-    """Seconds of each step, in this process."""
+    """(median seconds of a step, bytes of memory at most) in this process."""
     import torch
 
     n_layer, n_head, n_embd, block_size, batch, vocab_size = shape
     torch.manual_seed(0)
+    torch.optim.AdamW([torch.zeros(1, requires_grad=True)], fused=True)  # imports more
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     amp = contextlib.nullcontext()
     if which == "nanogpt":
         sys.path.insert(0, nanogpt)
@@ -56,7 +60,7 @@ def measure(which, nanogpt, shape, steps):
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         seconds.append(time.perf_counter() - start)
-    return seconds[3:]
+    return statistics.median(seconds[3:]), 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 
 
 def main():
@@ -67,22 +71,25 @@ def main():
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)  # which, shape: a process of the pair
     args = parser.parse_args()
     if args.one:
-        print(statistics.median(measure(args.one[0], args.nanogpt, SHAPES[args.one[1]], args.steps)))
+        print(*measure(args.one[0], args.nanogpt, SHAPES[args.one[1]], args.steps))
         return
     import torch
 
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {platform.processor() or platform.machine()}")
     for name, shape in SHAPES.items():
-        rates = {"nanogpt": [], "gpt2": []}
+        rates, memory = {"nanogpt": [], "gpt2": []}, {}
         for _ in range(args.rounds):
             for which, found in rates.items():
                 command = [sys.executable, __file__, "--nanogpt", args.nanogpt, "--steps", str(args.steps)]
                 out = subprocess.run([*command, "--one", which, name], check=True, stdout=subprocess.PIPE, text=True)
-                found.append(shape[3] * shape[4] / float(out.stdout))
+                seconds, most = map(float, out.stdout.split())
+                found.append(shape[3] * shape[4] / seconds)
+                memory[which] = max(most, memory.get(which, 0))
         ratios = [b / a for a, b in zip(*rates.values())]
         nano, ours = (statistics.median(r) for r in rates.values())
         print(f"{name}: nanoGPT {nano:,.0f} tokens/s, gpt2.py {ours:,.0f}, ratio {statistics.median(ratios):.2f}"
-              f" ({min(ratios):.2f} to {max(ratios):.2f})", flush=True)  # fmt: skip
+              f" ({min(ratios):.2f} to {max(ratios):.2f}); memory {memory['nanogpt'] / 1e6:,.0f} MB,"
+              f" {memory['gpt2'] / 1e6:,.0f}, ratio {memory['gpt2'] / memory['nanogpt']:.2f}", flush=True)  # fmt: skip
 
 
 if __name__ == "__main__":
