@@ -421,6 +421,8 @@ def read_checkpoint(path):
         if wrong := [k for k, kind in {**kinds, "seconds": float}.items() if not isinstance(ckpt.get(k), kind)]:
             raise ValueError(f"no {', '.join(wrong)} as the model files write it")
         tokenizer, n_layer = ckpt["tokenizer"], ckpt["config"].get("n_layer")
+        if not all(isinstance(v, str | int | float | None) for v in ckpt["config"].values()):
+            raise ValueError("a config that holds more than numbers and words")
         if {k: type(v) for k, v in tokenizer.items()} != dict(name=str, eot=int, vocab_size=int, ranks=str):
             raise ValueError("its tokenizer is none")
         if not re.fullmatch(r"\w+\.py", ckpt["model_file"]) or not re.fullmatch(r"[\w:.-]+", tokenizer["name"]):
@@ -519,7 +521,7 @@ def parse(argv):
         then, network = ckpt["config"], names[: names.index("dropout")]
         for k in network:
             if given.get(k, then.get(k)) != then.get(k):
-                sys.exit(f"{path} has {k} {then.get(k)}, not {given[k]}: a checkpoint fixes the network")
+                sys.exit(f"{path} has {k} {repr(then.get(k))[:50]}, not {given[k]}: a checkpoint fixes the network")
         keep = set(names) - {"out", "device", "compile"} if options.resume or options.eval_only else set(network)
         inherited = {k: v for k, v in then.items() if k in keep}  # a field that is newer than it has its default
     cfg = Config(**{**inherited, **given})

@@ -273,6 +273,8 @@ def test_bad_checkpoints(data, tmp_path):
     assert not (tmp_path / "sprung").exists()
     path.write_bytes(whole)
     ckpt = torch.load(path, weights_only=True)
+    torch.save({**ckpt, "config": {**ckpt["config"], "n_head": torch.zeros(5)}}, path)
+    assert "config" in fails("gpt2", data, tmp_path / "run", "--resume")
     torch.save({**ckpt, "model_file": "mixer.py"}, path)
     assert "mixer.py" in fails("gpt2", data, tmp_path / "run", "--resume")
     torch.save({**ckpt, "tokenizer": {**ckpt["tokenizer"], "name": "gpt2"}}, path)
