@@ -520,7 +520,7 @@ def parse(argv):
             sys.exit(f"{path} was written by {ckpt['model_file']}: use that file, or name another checkpoint")
         then, network = ckpt["config"], names[: names.index("dropout")]
         for k in network:
-            if given.get(k, then.get(k)) != then.get(k):
+            if k in given and given[k] != then.get(k):
                 sys.exit(f"{path} has {k} {repr(then.get(k))[:50]}, not {given[k]}: a checkpoint fixes the network")
         keep = set(names) - {"out", "device", "compile"} if options.resume or options.eval_only else set(network)
         inherited = {k: v for k, v in then.items() if k in keep}  # a field that is newer than it has its default

@@ -273,8 +273,10 @@ def test_bad_checkpoints(data, tmp_path):
     assert not (tmp_path / "sprung").exists()
     path.write_bytes(whole)
     ckpt = torch.load(path, weights_only=True)
-    torch.save({**ckpt, "config": {**ckpt["config"], "n_head": torch.zeros(5)}}, path)
-    assert "config" in fails("gpt2", data, tmp_path / "run", "--resume")
+    for n_head, about in ((torch.zeros(5), "config"), (math.nan, "n_head")):
+        torch.save({**ckpt, "config": {**ckpt["config"], "n_head": n_head}}, path)
+        assert about in fails("gpt2", data, tmp_path / "run", "--resume")
+        assert about in fails("gpt2", data, tmp_path / "new", "--init-from", path)
     torch.save({**ckpt, "model_file": "mixer.py"}, path)
     assert "mixer.py" in fails("gpt2", data, tmp_path / "run", "--resume")
     torch.save({**ckpt, "tokenizer": {**ckpt["tokenizer"], "name": "gpt2"}}, path)
