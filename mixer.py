@@ -425,13 +425,15 @@ def open_data(folder, check=False):
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         tokenizer = {"name": meta["tokenizer"], "eot": meta["eot"], "vocab_size": meta["vocab_size"], "ranks": ""}
         if [type(v) for v in tokenizer.values()] != [str, int, int, str] or not 0 < meta["vocab_size"] <= 2**16:
-            raise ValueError("counts that are none")
+            raise ValueError("no such vocabulary")
         if not re.fullmatch(r"[\w:.-]+", meta["tokenizer"]):
             raise ValueError("no such tokenizer")
         if meta["tokenizer"].startswith("bpe:"):
             tokenizer["ranks"] = (folder / "tokenizer.tiktoken").read_text(encoding="utf-8")
         for split, counts in meta["splits"].items():
-            path, n = folder / f"{split}.bin", int(counts["tokens"])
+            path, n = folder / f"{split}.bin", counts["tokens"]
+            if any(type(counts[k]) is not int for k in ("tokens", "bytes", "words")):
+                raise ValueError("counts that are none")
             if (size := path.stat().st_size) != 2 * n or n < 1 or counts["bytes"] < 1 or counts["words"] < 0:
                 sys.exit(f"{path} has {size:,} bytes, but meta.json says {n:,} tokens of 2 bytes. {again}")
             splits[split] = np.memmap(path, dtype="<u2", mode="r")

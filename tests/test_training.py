@@ -231,6 +231,7 @@ def test_bad_data_folders(data, tmp_path):
     assert "meta.json" in broken(lambda f: (f / "meta.json").write_text("{", encoding="utf-8"))
     assert "meta.json" in broken(lambda f: (f / "meta.json").write_text("[1]", encoding="utf-8"))
     assert "meta.json" in broken(edit(splits=3))
+    assert "counts" in broken(edit(splits={"train": {"tokens": math.inf, "bytes": 1, "words": 1}}))
     assert "tokenizer.tiktoken" in broken(lambda f: (f / "tokenizer.tiktoken").unlink())
 
 
