@@ -21,7 +21,7 @@ W moves by 0.0000. Its expanded form masks with tril on a (2 T, T) matrix, which
 any output. And tril before a softmax masks nothing: a zero becomes exp(0). Here the mask is inside autograd
 (Triangular), hidden units have positions, and the softmax is of -inf. Tests hold each of these.
 
-    python mixer.py --preset demo                                      two minutes on a laptop's CPU
+    python mixer.py --preset demo                                      three minutes on a laptop's CPU
     python mixer.py --device cuda --data data/NAME                     8 layers, width 256, context 512
 
 In the diff with gpt2.py: PositionMap where Attention stood, a cache of one kind of vector, and no wpe.
