@@ -544,7 +544,7 @@ def choose_device(cfg, local_rank):
     try:
         kind = cfg.device if cfg.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
         device = torch.device(f"cuda:{local_rank}" if kind == "cuda" else kind)
-        torch.zeros(1, device=device)
+        torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as e:
         sys.exit(f"--device {cfg.device}: not to be had here ({str(e).splitlines()[0]}). Try --device cpu")
     bf16 = False
@@ -615,8 +615,8 @@ def parse(argv):
             sys.exit(f"{path}: its {f.name} is {repr(v)[:50]}, which is no {f.type.__name__}")
     positive = "block_size n_embd n_head batch_size micro_batch eval_interval eval_tokens log_interval"
     for k in positive.split():
-        if getattr(cfg, k) < 1:
-            parser.error(f"--{k.replace('_', '-')} {getattr(cfg, k)} is less than 1")
+        if not 1 <= getattr(cfg, k) < 2**31:
+            parser.error(f"--{k.replace('_', '-')} {getattr(cfg, k)} is not in 1 to {2**31 - 1:,}")
     if cfg.dtype not in ("auto", "float32", "bfloat16"):
         parser.error(f"--dtype {cfg.dtype} is none of auto, float32, bfloat16")
     if options.stride is not None and options.stride < 1:

@@ -241,7 +241,10 @@ def test_bad_options(data, tmp_path):
     assert "batch-size" in fails("gpt2", data, out, "--batch-size", 0)
     assert "max-steps" in fails("gpt2", data, out, "--max-steps", "many")
     assert "dtype" in fails("gpt2", data, out, "--dtype", "int8")
-    assert "not to be had" in fails("gpt2", data, out, "--device", "tpu")
+    for option in ("--batch-size", "--micro-batch", "--eval-tokens"):
+        assert option in fails("gpt2", data, out, option, 10**20)
+    for device in ("tpu", "meta"):
+        assert "not to be had" in fails("gpt2", data, out, "--device", device)
     for size in (10, 5000):  # more ids than the tokenizer has would be sampled sooner or later
         assert "vocab-size" in fails("gpt2", data, out, "--vocab-size", size)
     assert "no such checkpoint" in fails("gpt2", data, out, "--resume")
