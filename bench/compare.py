@@ -111,7 +111,7 @@ class Run:
             ckpt = ROOT / self.out / "ckpt.pt"
             said, memory = shell(self.command + " --resume" * ckpt.exists())
             said = said.replace(",", "")
-            parameters = int(re.search(r"(\d+) parameters", said)[1])
+            parameters = int(re.findall(r"(\d+) parameters", said)[-1])  # progressive.py grows
             notes.write_text(json.dumps({"memory": memory, "parameters": parameters}), encoding="utf-8")
         self.__dict__.update(json.loads(notes.read_text(encoding="utf-8")))
         with open(ROOT / self.out / "log.csv", newline="", encoding="utf-8") as file:
