@@ -61,7 +61,7 @@ COMMON = {
     "gpu": "--device cuda --block-size 1024 --batch-size 64 --micro-batch 64 --warmup-steps 100 --log-interval 10 "
     "--eval-interval 100 --eval-tokens 65536",
 }
-STEPS, RATES = {"cpu": 250, "gpu": 1500}, ("1e-3", "2e-3", "4e-3")
+STEPS, RATES = {"cpu": 250, "gpu": 1500}, ("2e-3", "4e-3", "8e-3")
 
 
 def shell(command):
