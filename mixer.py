@@ -414,6 +414,9 @@ def perplexity(nats):
     return math.exp(min(nats, 700))  # e**700 is about what a float holds
 
 
+TOKENIZER = dict(name=str, eot=int, vocab_size=int, ranks=str)  # what a checkpoint says of it: enough to decode
+
+
 def open_data(folder, check=False):
     """A data set: (meta.json, what a checkpoint says of its tokenizer, memory map of each split). check: compares each
     split with its checksum. Exits with one line if a part is missing or does not fit the others."""
@@ -424,10 +427,10 @@ def open_data(folder, check=False):
     try:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         tokenizer = {"name": meta["tokenizer"], "eot": meta["eot"], "vocab_size": meta["vocab_size"], "ranks": ""}
-        if [type(v) for v in tokenizer.values()] != [str, int, int, str] or not 0 < meta["vocab_size"] <= 2**16:
-            raise ValueError("no such vocabulary")
-        if not re.fullmatch(r"[\w:.-]+", meta["tokenizer"]):
+        if {k: type(v) for k, v in tokenizer.items()} != TOKENIZER or not re.fullmatch(r"[\w:.-]+", tokenizer["name"]):
             raise ValueError("no such tokenizer")
+        if not 0 < meta["vocab_size"] <= 2**16:
+            raise ValueError("more ids than 16 bits hold, or none")
         if meta["tokenizer"].startswith("bpe:"):
             tokenizer["ranks"] = (folder / "tokenizer.tiktoken").read_text(encoding="utf-8")
         for split, counts in meta["splits"].items():
@@ -508,7 +511,7 @@ def read_checkpoint(path):
         tokenizer, n_layer = ckpt["tokenizer"], ckpt["config"].get("n_layer")
         if not all(isinstance(v, str | int | float | None) for v in ckpt["config"].values()):
             raise ValueError("a config that holds more than numbers and words")
-        if {k: type(v) for k, v in tokenizer.items()} != dict(name=str, eot=int, vocab_size=int, ranks=str):
+        if {k: type(v) for k, v in tokenizer.items()} != TOKENIZER:
             raise ValueError("its tokenizer is none")
         if not re.fullmatch(r"\w+\.py", ckpt["model_file"]) or not re.fullmatch(r"[\w:.-]+", tokenizer["name"]):
             raise ValueError("names that are none")

@@ -675,7 +675,7 @@ class Source:
         elif self.name == "tinystories":
             split = None if len(self.shards) == 1 else "val" if shard is self.shards[-1] else "train"
             yield from ((split, story) for story in between(read_text(path, errors), EOT))
-        elif path.suffix == ".json":
+        elif path.suffix == ".json" or self.name == "maths-college":  # several addresses may end in anything
             yield from ((None, text) for text in read_json(path, fields, errors))
         elif path.suffix == ".jsonl":
             yield from ((None, text) for text in read_jsonl(path, fields, errors))
@@ -838,6 +838,8 @@ def prepare(args, out):
     files = [shard.url or [str(shard.path), shard.size, shard.path.stat().st_mtime_ns] for shard in source.shards]
     what = [args.tokenizer, args.val_fraction, args.field, args.errors, files]
     done, ranks, writers, replacements = 0, "", {}, 0
+    for path in out.glob("*.partial.tmp"):  # a killed run was writing it
+        path.unlink()
     try:
         state = json.loads(journal.read_text(encoding="utf-8"))
         if state["what"] == what:

@@ -195,7 +195,8 @@ def main():
         "| greedy, tokens/s | peak memory |",
         "| --- " * 9 + "|",
         *rows,
-        f"\nEqual time: the {budget:.0f} s that gpt2.py trained for its row above, evaluations not counted.\n",
+        f"\nEqual time: the {budget:.0f} s that gpt2.py trained for its row above, evaluations not counted: as many "
+        "steps as that would be at the speed of the first run. How many seconds they became is in the table.\n",
         "| | steps | tokens | seconds | val bits a byte | test bits a byte | test perplexity a token |",
         "| --- " * 7 + "|",
         *others,

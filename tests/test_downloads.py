@@ -1350,6 +1350,13 @@ def test_without_pyarrow_it_is_asked_for_before_anything_is_downloaded(site, mon
     assert not any(request.path.endswith(".parquet") for request in site.requests)
 
 
+def test_maths_college_from_addresses_that_end_in_anything(site):
+    entries = [{"instruction": f"What is {i} + {i}?", "output": f"{2 * i}."} for i in range(6)]
+    urls = [site.serve(f"/{n}", page(json.dumps(entries[3 * n : 3 * n + 3]).encode())) for n in range(2)]
+    prepare("maths-college", "--url", *urls, "--val-fraction", 0)
+    assert documents("maths-college") == [f"{e['instruction']}\n\n{e['output']}".encode() for e in entries]
+
+
 def test_two_columns_of_parquet_are_a_text(site, lines_for_parquet):
     url = site.serve("/a.parquet", page(as_lines(PAGES[0])))
     prepare("openwebmath", "--url", url, "--field", "url,text", "--val-fraction", 0)

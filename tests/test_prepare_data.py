@@ -630,6 +630,13 @@ def test_ctrl_c_while_encoding_leaves_no_half_file(older, small_blocks, monkeypa
     assert contents() == before
 
 
+def test_what_a_killed_run_was_writing_is_removed():
+    write("prose.txt", PROSE)
+    write("out/journal.partial.tmp", "{")
+    run("prose.txt", "--tokenizer", "bytes")
+    assert not [name for name in contents() if name.endswith(".tmp")]
+
+
 @pytest.mark.parametrize("when", [1, 2, 3, 4])
 def test_ctrl_c_while_renaming_leaves_no_meta_json(when, monkeypatch):
     """Old and new files may lie side by side then: without meta.json nothing takes them for a data set."""
