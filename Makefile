@@ -47,7 +47,7 @@ compare: .venv/installed-dev
 	$(PY) bench/compare.py --scale '$(SCALE)'
 
 bench: .venv/installed-dev
-	test -z '$(NANOGPT)' || $(PY) bench/train.py --nanogpt '$(NANOGPT)'
+	test -z "$(NANOGPT)" || $(PY) bench/train.py --nanogpt "$(NANOGPT)"
 	$(PY) bench/decode.py
 	$(PY) bench/bpe.py
 	$(PY) bench/prepare.py --mb 50 --turns 3

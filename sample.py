@@ -76,7 +76,7 @@ def probabilities(logits, temperature=1.0, top_k=None, top_p=None):
         logits = torch.full_like(logits, -math.inf).scatter(-1, ids, kept)
     probs = logits.softmax(-1)
     if top_p is not None:
-        ranked, ids = probs.topk(min(1024, probs.size(-1)))  # most texts need no more, and sorting all takes longer
+        ranked, ids = probs.topk(min(4096, probs.size(-1)))  # most texts need no more, and sorting all takes longer
         if ranked.sum(-1).min() < top_p:
             ranked, ids = probs.sort(dim=-1, descending=True)
         before = ranked.cumsum(-1) - ranked  # mass of the likelier ones: the token that crosses p stays
