@@ -16,6 +16,7 @@ help:
 	@echo 'make data DATASET=... TOKENIZER=...   token files in data/ (stdlib, tinystories, a .txt, ...; bpe:4096, gpt2, ...)'
 	@echo 'make train MODEL=gpt2 ARGS=...  train a model file; ARGS are its options: ARGS="--preset report --device cuda"'
 	@echo 'make compare SCALE=cpu          all models on the same tokens, as a table, a plot and samples in assets/; or gpu'
+	@echo 'make march                      the same parameters as width, depth, heads or gates: nine shapes of gpt2.py'
 	@echo 'make bench NANOGPT=DIR          speed beside nanoGPT (a clone of it), transformers, tokenizers and tiktoken'
 	@echo 'make test                       run the tests'
 	@echo 'make soak                       the long tests: kill, fill, damage, for twenty minutes'
@@ -46,8 +47,11 @@ train: .venv/installed
 compare: .venv/installed-dev
 	$(PY) bench/compare.py --scale '$(SCALE)'
 
+march: .venv/installed-dev
+	$(PY) bench/march.py
+
 bench: .venv/installed-dev
-	test -z "$(NANOGPT)" || $(PY) bench/train.py --nanogpt "$(NANOGPT)"
+	test -z '$(NANOGPT)' || $(PY) bench/train.py --nanogpt '$(NANOGPT)'
 	$(PY) bench/decode.py
 	$(PY) bench/bpe.py
 	$(PY) bench/prepare.py --mb 50 --turns 3
@@ -65,4 +69,4 @@ lint: .venv/installed-dev
 clean:
 	rm -rf .venv __pycache__ tests/__pycache__ .pytest_cache .ruff_cache
 
-.PHONY: help demo data train compare bench test soak lint clean
+.PHONY: help demo data train compare march bench test soak lint clean

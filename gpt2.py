@@ -52,6 +52,8 @@ class Config:
     n_layer: int = 12  # blocks
     n_head: int = 6  # attention heads
     n_embd: int = 192  # width of the stream, in channels
+    head_dim: int = 0  # channels of a head; 0: n_embd / n_head
+    mlp: str = "gelu"  # feed-forward: gelu, or gated: geglu, swiglu
     dropout: float = 0.0  # probability, at the embedding, attention weights and both ends of a block
     # The run.
     data: str = "data/stdlib"  # folder that prepare_data.py wrote
@@ -90,7 +92,7 @@ class Cache:
     """Keys and values of the tokens fed so far, (n_layer, B, n_head, block_size, head size) each, `length` filled."""
 
     def __init__(self, cfg, batch_size, like):
-        shape = (cfg.n_layer, batch_size, cfg.n_head, cfg.block_size, cfg.n_embd // cfg.n_head)
+        shape = (cfg.n_layer, batch_size, cfg.n_head, cfg.block_size, cfg.head_dim or cfg.n_embd // cfg.n_head)
         self.k, self.v = like.new_empty(shape), like.new_empty(shape)
         self.length = 0
 
@@ -115,12 +117,13 @@ class Attention(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         self.n_head, self.dropout = cfg.n_head, cfg.dropout
-        self.c_attn = nn.Linear(cfg.n_embd, 3 * cfg.n_embd)
-        self.c_proj = nn.Linear(cfg.n_embd, cfg.n_embd)
+        width = cfg.n_head * (cfg.head_dim or cfg.n_embd // cfg.n_head)
+        self.c_attn = nn.Linear(cfg.n_embd, 3 * width)
+        self.c_proj = nn.Linear(width, cfg.n_embd)
 
     def forward(self, x, cache=None, layer=0):
-        B, T, C = x.shape
-        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
+        B, T, _ = x.shape
+        qkv = self.c_attn(x).view(B, T, 3, self.n_head, -1)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, nh, T, hs) each
         if cache is not None:
             k, v = cache.append(layer, k, v)  # (B, nh, S, hs), S = tokens before + T
@@ -129,24 +132,32 @@ class Attention(nn.Module):
         if 1 < T < S:
             mask = torch.ones(T, S, dtype=torch.bool, device=x.device).tril(S - T)
         # What scaled_dot_product_attention computes, without ever holding the (T, S) weights in memory:
-        #   weights = q @ k.transpose(-2, -1) / math.sqrt(C // n_head)                        # (B, nh, T, S)
+        #   weights = q @ k.transpose(-2, -1) / math.sqrt(hs)                                 # (B, nh, T, S)
         #   weights = weights.masked_fill(~torch.ones(T, S).tril(S - T).bool(), -math.inf)
         #   y = F.dropout(weights.softmax(-1), dropout) @ v                                   # (B, nh, T, hs)
         dropout = self.dropout if self.training else 0.0
         y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=T == S and T > 1)
-        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))  # (B, nh, T, hs) -> (B, T, C)
+        return self.c_proj(y.transpose(1, 2).flatten(2))  # (B, nh, T, hs) -> (B, T, nh hs) -> (B, T, C)
 
 
 class MLP(nn.Module):
-    """Feed-forward: C -> 4C -> C, with the tanh form of GELU (Hendrycks and Gimpel 2016, section 2)."""
+    """Feed-forward: C -> 4C -> C, with the tanh form of GELU (Hendrycks and Gimpel 2016, section 2). Gated (Shazeer
+    2020, section 2): one product is activated and multiplies another; 8C/3 wide, it has as many parameters."""
 
     def __init__(self, cfg):
         super().__init__()
-        self.c_fc = nn.Linear(cfg.n_embd, 4 * cfg.n_embd)
-        self.c_proj = nn.Linear(4 * cfg.n_embd, cfg.n_embd)
+        self.kind = cfg.mlp
+        hidden = 4 * cfg.n_embd if cfg.mlp == "gelu" else round(8 * cfg.n_embd / 3)
+        self.c_fc = nn.Linear(cfg.n_embd, hidden if cfg.mlp == "gelu" else 2 * hidden)
+        self.c_proj = nn.Linear(hidden, cfg.n_embd)
 
     def forward(self, x):
-        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
+        x = self.c_fc(x)
+        if self.kind == "gelu":
+            return self.c_proj(F.gelu(x, approximate="tanh"))
+        gate, x = x.chunk(2, dim=-1)
+        gate = F.silu(gate) if self.kind == "swiglu" else F.gelu(gate, approximate="tanh")
+        return self.c_proj(gate * x)
 
 
 class Block(nn.Module):
@@ -164,14 +175,18 @@ class Block(nn.Module):
 class Model(nn.Module):
     """GPT-2. model(idx) -> logits (B, T, V); model(idx, targets) -> mean cross-entropy in nats, a scalar;
     model(idx, cache=cache) -> logits (B, 1, V) for the token after idx, which continues what the cache has seen.
-    Raises ValueError if the heads do not divide the width, or a text is longer than block_size."""
+    Raises ValueError for a Config that makes no network, and for a text longer than block_size."""
 
     ahead = 1  # row i of the logits scores token i + ahead
 
     def __init__(self, cfg):
         super().__init__()
-        if cfg.n_embd % cfg.n_head:
-            raise ValueError(f"n_embd {cfg.n_embd} is not a multiple of n_head {cfg.n_head}")
+        if cfg.n_embd % cfg.n_head and not cfg.head_dim:
+            raise ValueError(f"n_embd {cfg.n_embd} is not a multiple of n_head {cfg.n_head}, and head_dim not given")
+        if not 0 <= cfg.head_dim < 2**31:
+            raise ValueError(f"head_dim {cfg.head_dim} is not in 0 to {2**31 - 1:,}")
+        if cfg.mlp not in ("gelu", "geglu", "swiglu"):
+            raise ValueError(f"mlp {cfg.mlp!r} is none of gelu, geglu, swiglu")
         self.cfg = cfg
         padded = math.ceil(cfg.vocab_size / 64) * 64  # matrix products like round sizes; no one sees the extra ids
         self.wte = nn.Embedding(padded, cfg.n_embd)

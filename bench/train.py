@@ -91,7 +91,7 @@ def most_tokens(shape):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--nanogpt", required=True, help="a clone of nanoGPT")
-    parser.add_argument("--turns", type=int, default=7, help="counted turns of each (default: %(default)s)")
+    parser.add_argument("--turns", type=int, default=5, help="counted turns of each (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=2, help="steps of a turn (default: %(default)s)")
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)  # who, shape: a process
     args = parser.parse_args()

@@ -5,7 +5,10 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import GPT2Config, GPT2LMHeadModel
+from conftest import run
+from test_training import argv, train
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 import gpt2
 
@@ -96,18 +99,20 @@ def test_initial_weights():
 
 def plain_attention(attn, x, T):
     """Of the last T positions of x (B, S, C): the comment in Attention.forward."""
-    B, S, C = x.shape
-    q, k, v = (part.view(B, S, attn.n_head, -1).transpose(1, 2) for part in attn.c_attn(x).split(C, dim=-1))
-    weights = q[:, :, S - T :] @ k.transpose(-2, -1) / math.sqrt(C // attn.n_head)  # (B, nh, T, S)
+    B, S, _ = x.shape
+    q, k, v = (part.view(B, S, attn.n_head, -1).transpose(1, 2) for part in attn.c_attn(x).chunk(3, dim=-1))
+    weights = q[:, :, S - T :] @ k.transpose(-2, -1) / math.sqrt(q.size(-1))  # (B, nh, T, S)
     weights = weights.masked_fill(~torch.ones(T, S).tril(S - T).bool(), -math.inf)
     y = weights.softmax(-1) @ v  # (B, nh, T, hs)
-    return attn.c_proj(y.transpose(1, 2).reshape(B, T, C))
+    return attn.c_proj(y.transpose(1, 2).reshape(B, T, -1))
 
 
+@pytest.mark.parametrize("head_dim", [0, 5, 20])
 @pytest.mark.parametrize("S, T", [(1, 1), (16, 16), (16, 15), (16, 5), (16, 2), (16, 1)])
-def test_attention_is_the_plain_formula(S, T):
-    model = random_model().double()
+def test_attention_is_the_plain_formula(S, T, head_dim):
+    model = random_model(head_dim=head_dim).double()
     attn, x = model.h[0].attn, torch.randn(2, S, 32, dtype=torch.float64)
+    assert attn.c_attn.out_features == 3 * 4 * (head_dim or 8)
     cache = model.new_cache(2)
     if T < S:
         attn(x[:, : S - T], cache)
@@ -150,9 +155,55 @@ def test_a_text_longer_than_block_size_is_refused():
     assert cache.length == 30
 
 
-def test_heads_that_do_not_divide_the_width_are_refused():
-    with pytest.raises(ValueError, match="n_embd 50 is not a multiple of n_head 4"):
-        gpt2.Model(gpt2.Config(n_embd=50, n_head=4))
+@pytest.mark.parametrize("mlp, hidden_act", [("swiglu", "silu"), ("geglu", "gelu_pytorch_tanh")])
+def test_a_gated_feed_forward_layer_is_hugging_face_s(mlp, hidden_act):
+    ours, x = random_model(mlp=mlp, n_embd=36).h[0].mlp, torch.randn(2, 5, 36)
+    sizes = dict(hidden_size=36, intermediate_size=96, num_attention_heads=4)
+    theirs = LlamaMLP(LlamaConfig(**sizes, hidden_act=hidden_act, mlp_bias=True))
+    (gate, up), (gate_bias, up_bias) = ours.c_fc.weight.chunk(2), ours.c_fc.bias.chunk(2)
+    weights = {"gate_proj.weight": gate, "gate_proj.bias": gate_bias, "up_proj.weight": up, "up_proj.bias": up_bias}
+    theirs.load_state_dict({**weights, "down_proj.weight": ours.c_proj.weight, "down_proj.bias": ours.c_proj.bias})
+    assert torch.allclose(ours(x), theirs(x), atol=1e-5) and ours(x).std() > 0.1
+
+
+def test_a_gated_feed_forward_layer_has_as_many_parameters():
+    plain, gated = (sum(p.numel() for p in random_model(mlp=mlp, n_embd=96).parameters()) for mlp in ("gelu", "geglu"))
+    assert abs(gated / plain - 1) < 0.005
+
+
+@pytest.mark.parametrize("options", [{"head_dim": 20, "mlp": "swiglu"}, {"head_dim": 3, "mlp": "geglu"}])
+def test_other_shapes_keep_their_cache_and_do_not_look_ahead(options):
+    model, idx = random_model(**options).double(), torch.randint(50, (2, 32))
+    logits, cache = model(idx), model.new_cache(2)
+    pieces = [model(part, cache=cache) for part in idx.split([7, 1, 20, 4], dim=1)]
+    assert torch.allclose(torch.cat(pieces, dim=1), logits[:, [6, 7, 27, 31]], atol=1e-10)
+    changed = idx.clone()
+    changed[:, 20] = (changed[:, 20] + 1) % 50
+    assert torch.equal(model(changed)[:, :20], logits[:, :20]) and not torch.allclose(model(changed), logits)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"n_embd": 50}, "n_embd 50 is not a multiple of n_head 4, and head_dim not given"),
+        ({"head_dim": -8}, "head_dim -8 is not in 0 to 2,147,483,647"),
+        ({"mlp": "relu"}, "mlp 'relu' is none of gelu, geglu, swiglu"),
+    ],
+)
+def test_a_config_that_makes_no_network_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        random_model(**options)
+
+
+def test_trains_other_shapes_and_speaks(data, tmp_path):
+    shape = ["--n-layer", 1, "--head-dim", 24, "--mlp", "swiglu"]
+    train("gpt2", data, tmp_path / "o", "--max-steps", 4, *shape)
+    resumed = [*argv(data, tmp_path / "o", "--max-steps", 6, *shape), "--resume"]
+    gpt2.main(resumed)
+    how = ["--decode", "all", "--prompt", "the", "--max-new-tokens", 9, "--device", "cpu"]
+    assert run("sample.py", "--ckpt", tmp_path / "o" / "ckpt.pt", *how).count("tokens/s)") == 5
+    with pytest.raises(SystemExit, match="has mlp 'swiglu', not geglu: a checkpoint fixes the network"):
+        gpt2.main([*argv(data, tmp_path / "o"), "--resume", "--mlp", "geglu"])
 
 
 # --- the loss
