@@ -158,7 +158,7 @@ def test_a_text_longer_than_block_size_is_refused():
 @pytest.mark.parametrize("mlp, hidden_act", [("swiglu", "silu"), ("geglu", "gelu_pytorch_tanh")])
 def test_a_gated_feed_forward_layer_is_hugging_face_s(mlp, hidden_act):
     ours, x = random_model(mlp=mlp, n_embd=36).h[0].mlp, torch.randn(2, 5, 36)
-    sizes = dict(hidden_size=36, intermediate_size=96, num_attention_heads=4)
+    sizes = dict(hidden_size=36, intermediate_size=96, num_attention_heads=2)
     theirs = LlamaMLP(LlamaConfig(**sizes, hidden_act=hidden_act, mlp_bias=True))
     (gate, up), (gate_bias, up_bias) = ours.c_fc.weight.chunk(2), ours.c_fc.bias.chunk(2)
     weights = {"gate_proj.weight": gate, "gate_proj.bias": gate_bias, "up_proj.weight": up, "up_proj.bias": up_bias}
