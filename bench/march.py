@@ -34,7 +34,7 @@ SHAPES = {
     "GEGLU": "--n-layer 6 --n-embd 128 --n-head 4 --mlp geglu",
     "SwiGLU": "--n-layer 6 --n-embd 128 --n-head 4 --mlp swiglu",
 }
-STEPS, RATES, SEEDS = 400, ("2e-3", "4e-3"), (1337, 1, 2)
+STEPS, RATES, SEEDS = 250, ("2e-3", "4e-3"), (1337, 1, 2)
 COMMON = (
     f"--data data/march --device cpu --dtype float32 --block-size 256 --batch-size 8 --micro-batch 8 --warmup-steps 50 "
     f"--max-steps {STEPS} --eval-interval {STEPS} --eval-tokens 16384"
