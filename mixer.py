@@ -350,7 +350,7 @@ class LinearCrossEntropy(torch.autograd.Function):
                         d[:, :vocab_size] -= smoothing / vocab_size
                     dx[part] = d @ w * s_i
                     scaled = (x_i * s_i).to(dtype)
-                    dw.addmm_(d.T, scaled) if dtype == dw.dtype else dw.add_(d.T @ scaled)
+                    torch.addmm(dw, d.T, scaled, out=dw) if dtype == dw.dtype else dw.add_(d.T @ scaled)
                     if bias is not None:
                         db += (d.T @ s_i.to(dtype))[:, 0]
         ctx.save_for_backward(dx, dw, db)

@@ -143,6 +143,14 @@ def test_dropout_is_on_in_training_and_off_in_evaluation():
     assert torch.equal(without(idx), without(idx))
 
 
+def test_flops_of_a_step_are_those_of_its_products():
+    """6 N + 12 L T C a token (Chowdhery et al. 2022, appendix B), N the weights that multiply. Not every kernel of
+    attention tells what it computes."""
+    model = random_model(vocab_size=64)
+    weights, attention = 12 * 2 * 32**2 + 64 * 32, 2 * 32 * 32
+    assert 6 * weights <= gpt2.flops_per_token(model, model.cfg) <= 6 * weights + 12 * attention
+
+
 def test_a_text_longer_than_block_size_is_refused():
     model = random_model()
     model(torch.zeros(1, 32, dtype=torch.long))
