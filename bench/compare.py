@@ -206,8 +206,8 @@ def main():
         "| greedy, tokens/s | peak memory |",
         "| --- " * 9 + "|",
         *rows,
-        "\nms a step: of the fastest of a model's three runs, evaluations not counted. Equal time: as many steps as fit at "
-        f"that speed into gpt2.py's {budget:.0f} s. How many seconds they became is in the table.\n",
+        "\nms a step: of the fastest of a model's three runs, evaluations not counted. Equal time: as many steps as "
+        f"fit at that speed into gpt2.py's {budget:.0f} s. How many seconds they became is in the table.\n",
         "| | steps | tokens | seconds | val bits a byte | test bits a byte | test perplexity a token |",
         "| --- " * 7 + "|",
         *others,
