@@ -4,7 +4,7 @@ many heads, to gate the feed-forward layer?
     make march                     27 shapes and seeds, under an hour on two cores
 
 MARCH (github.com/bri25yu/march) trained encoder-decoders of 220M parameters for 1,000 steps, one seed each. Here a
-decoder of 1.35M learns the standard library's sources; 1,024 ids leave seven eighths of the parameters to the blocks.
+decoder of 1.35M learns the standard library's sources; 1,024 ids leave four fifths and more of that to the blocks.
 Every shape has two learning rates to choose from, with its first seed, and trains two more seeds at the better one. As
 many trainings as there are cores run side by side, on one thread each. A run that was interrupted is resumed. Prints
 the table and writes it to assets/march.md.

@@ -34,7 +34,7 @@ PAIRS = {  # gpt2.py's turns are compared with those of the fastest of its peers
 
 
 def take_turns(who, nanogpt, shape):
-    """Trains in this process: `steps` steps for each line of standard input that says how many; answers with the median
+    """Trains in this process: for each line of standard input as many steps as it says. Answers each with the median
     seconds of a step and the most bytes held so far."""
     n_layer, n_head, n_embd, block_size, batch, vocab_size = shape
     torch.manual_seed(0)
