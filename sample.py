@@ -1,19 +1,19 @@
-"""Text from a checkpoint of any model file here: greedy, beam, top-k, temperature and nucleus decoding.
+"""Generates text from a checkpoint of any model file with one of five decoding methods.
 
-    python sample.py --ckpt out/gpt2/ckpt.pt --prompt "def main("                  greedy, as it is made
-    python sample.py --ckpt out/gpt2/ckpt.pt --decode all                          one sample of each decoder, tokens/s
-    python sample.py --ckpt out/gpt2/ckpt.pt --decode nucleus --num-samples 8      a batch that shares its prompt
+    python sample.py --ckpt out/gpt2/ckpt.pt --prompt "def main("        nucleus sampling, printed token by token
+    python sample.py --ckpt out/gpt2/ckpt.pt --decode all                one sample of each decoder, with tokens/s
+    python sample.py --ckpt out/gpt2/ckpt.pt --num-samples 8 --top-k 40  eight samples of a prompt as one batch
 
-          logits of the next token
-    --------------------------------------> greedy        the likeliest
+    logits of the next token (B, V)
+       |                    greedy takes the most probable token
        | / temperature      sharper below 1, flatter above
-       | top-k              the k likeliest (Fan et al. 2018, section 5)
-       | nucleus            the fewest that hold p of the mass (Holtzman et al. 2020, section 3.1)
+       | top-k              only the k most probable tokens (Fan et al. 2018, section 5)
+       | nucleus            only the fewest tokens whose probabilities reach p (Holtzman et al. 2020, section 3.1)
        v
-    softmax, draw one                                      beam, aside, keeps the `beam_width` likeliest texts
+    softmax, draw one       beam search instead keeps the `beam_width` most probable hypotheses
 
-A model is asked for three things alone: model(idx), model(idx, cache=...) and model.new_cache(batch). The cache is
-why a new token costs one token's work and not the whole text's; --no-cache takes it away, and the text stays.
+It needs three things of a model: model(idx, cache=cache), model.new_cache(batch_size), and model.ahead, the number of
+tokens that one forward pass predicts. The cache makes a new token cost as much as one token, not as the whole text.
 """
 
 import argparse
@@ -21,311 +21,280 @@ import codecs
 import importlib
 import math
 import os
+import shlex
 import sys
 import time
 from pathlib import Path
 
 import torch
 
-from gpt2 import choose_device, read_checkpoint  # the same lines stand in every model file
+from gpt2 import choose_device, read_checkpoint  # the same code in every model file
 from prepare_data import load_tokenizer
 
-DECODERS = ("greedy", "beam", "top-k", "temperature", "nucleus")
+DRAWING = ("top-k", "temperature", "nucleus")
+DECODERS = ("greedy", "beam", *DRAWING)
+OPTIONS = dict.fromkeys(("temperature", "top_k", "top_p", "num_samples", "seed"), DRAWING)  # the decoders that use it
+OPTIONS |= dict.fromkeys(("beam_width", "length_penalty"), ("beam",))
+
+
+def crop(idx, block_size, max_new_tokens):
+    """Cuts prompts (B, T) longer than the window at their beginning and says so on stderr. What is kept leaves room for
+    the new tokens, but fills at least three quarters of the window."""
+    left_out = idx.size(1) - max(block_size - max_new_tokens, block_size - block_size // 4)
+    if idx.size(1) <= block_size:
+        return idx
+    print(f"(the prompt is too long: its first {left_out:,} tokens are left out)", file=sys.stderr)
+    return idx[:, left_out:]
 
 
 class Context:
-    """The tokens of a batch so far, (B, T), and what a model has read of them."""
+    """The tokens of a batch so far, (B, T), and the cache of what the model has computed for them."""
 
     def __init__(self, model, tokens, use_cache=True):
         self.model, self.tokens, self.use_cache = model, tokens, use_cache
-        self.block_size = model.cfg.block_size if hasattr(model, "cfg") else sys.maxsize  # no limit that we know of
-        self.start, self.cache = 0, model.new_cache(len(tokens))  # the window is tokens[:, start:]
+        self.start, self.cache = 0, None  # the window is tokens[:, start:]
+        self.pending = torch.empty(len(tokens), 0, 0)  # (B, n, V), logits computed and not yet asked for
 
     def logits(self):
-        """Of the next `model.ahead` tokens, (B, ahead, V) float32."""
-        B, T = self.tokens.shape
-        if T - self.start > self.block_size:
-            # The window is full. Positions are part of what a cache holds, so it cannot slide by one token: read the
-            # last half again in a new window, and the price is one such step in every block_size / 2.
-            self.start, self.cache = T - max(1, self.block_size // 2), self.model.new_cache(B)
-        window = self.tokens[:, self.start :]
-        if not self.use_cache and window.size(1) >= self.model.ahead:
-            logits = self.model(window)[:, -self.model.ahead :].float()
-        else:
-            if not self.use_cache:
-                self.cache = self.model.new_cache(B)  # gives the logits after a text shorter than `ahead`, too
-            logits = self.model(window[:, self.cache.length :], cache=self.cache).float()
-        if logits.isnan().any():
-            raise ValueError("the network's logits are not numbers: take a checkpoint from before its weights broke")
+        """Logits of the next token, (B, V) in float32. One forward pass computes those of `model.ahead` tokens."""
+        if self.pending.size(1) == 0:
+            T, block_size = self.tokens.size(1), self.model.cfg.block_size
+            if T - self.start > block_size:
+                # The cache depends on positions, so sliding a full window by one token would mean to compute all of it
+                # again. It slides by a quarter instead: three quarters are computed again, rarely.
+                self.start, self.cache = T - (block_size - block_size // 4), None
+            window = self.tokens[:, self.start :]
+            if self.cache is None or not self.use_cache:  # compute equal rows once, such as samples of one prompt
+                distinct, rows = window.cpu().unique(dim=0, return_inverse=True)
+                self.cache = self.model.new_cache(len(distinct))
+                self.pending = self.model(distinct.to(window.device), cache=self.cache)[rows].float()
+                self.cache.select(rows)
+            else:
+                self.pending = self.model(window[:, self.cache.length :], cache=self.cache).float()
+        logits, self.pending = self.pending[:, 0], self.pending[:, 1:]
         return logits
 
-    def append(self, new):
-        self.tokens = torch.cat([self.tokens, new], dim=1)
+    def append(self, token):
+        self.tokens = torch.cat([self.tokens, token[:, None]], dim=1)
 
     def select(self, rows):
-        """Makes row i what row rows[i] was."""
-        self.tokens = self.tokens[rows]
+        """Row i becomes what row rows[i] was."""
+        self.tokens, self.pending = self.tokens[rows], self.pending[rows]
         self.cache.select(rows)
 
 
-def probabilities(logits, temperature=1.0, top_k=None, top_p=None):
-    """What is drawn from: logits (B, V) -> probabilities (B, V), zero where a filter took an id out."""
-    logits = logits / temperature
-    if top_k is not None and top_k < logits.size(-1):
-        kept, ids = logits.topk(top_k)  # exactly k, ties or not
-        logits = torch.full_like(logits, -math.inf).scatter(-1, ids, kept)
-    probs = logits.softmax(-1)
-    if top_p is not None:
-        ranked, ids = probs.topk(min(4096, probs.size(-1)))  # most texts need no more, and sorting all takes longer
+def candidates(logits, temperature=1.0, top_k=None, top_p=None):
+    """The tokens to draw from: logits (B, V) -> (weights (B, n), ids (B, n)). Weights need not add up to 1."""
+    logits = (logits - logits.amax(-1, keepdim=True)) / max(temperature, 1e-30)  # tiny temperatures must not give NaN
+    ids = torch.arange(logits.size(-1), device=logits.device).expand_as(logits)
+    if top_k is not None:
+        logits, ids = logits.topk(min(top_k, logits.size(-1)))  # exactly k, also where logits are equal
+    weights = logits.softmax(-1)
+    if top_p is not None and top_p < 1:
+        ranked, order = weights.topk(min(4096, weights.size(-1)))  # enough for most, and faster than to sort all
         if ranked.sum(-1).min() < top_p:
-            ranked, ids = probs.sort(dim=-1, descending=True)
-        before = ranked.cumsum(-1) - ranked  # mass of the likelier ones: the token that crosses p stays
-        ranked[before >= top_p] = 0.0
-        ranked[..., 0] = ranked[..., 0].clamp(min=torch.finfo(ranked.dtype).tiny)  # never less than one token
-        probs = torch.zeros_like(probs).scatter(-1, ids, ranked)
-        probs = probs / probs.sum(-1, keepdim=True)
-    return probs
+            ranked, order = weights.sort(dim=-1, descending=True)
+        outside = ranked.cumsum(-1) - ranked >= top_p  # the mass before a token: the one that crosses p stays
+        outside[:, 0] = False  # never less than one token
+        weights, ids = ranked.masked_fill(outside, 0), ids.gather(1, order)
+    return weights, ids
 
 
-def draw(probs, generator=None):
-    """An id from each row of probs (B, V) -> (B): where the cumulative sum passes a random height. One random number a
-    row; torch.multinomial takes V of them."""
-    cdf = probs.cumsum(-1, dtype=torch.float64)
-    height = 1 - torch.rand(len(probs), 1, generator=generator, dtype=torch.float64, device=probs.device)  # in (0, 1]
-    return torch.searchsorted(cdf, height * cdf[:, -1:])[:, 0]
-
-
-@torch.no_grad()
-def stream(model, idx, max_new_tokens, decode, temperature, top_k, top_p, eot, generator, use_cache):
-    """Yields the new tokens of the batch as they are made, (B, n) with n up to model.ahead."""
-    alike = len(idx) > 1 and bool((idx == idx[0]).all())  # many samples of one prompt: read it once
-    context = Context(model, idx[:1] if alike else idx, use_cache)
-    ended = torch.zeros(len(idx), dtype=torch.bool, device=idx.device)
-    while max_new_tokens > 0 and not ended.all():
-        logits = context.logits()
-        if len(logits) < len(idx):
-            context.select([0] * len(idx))
-            logits = logits.expand(len(idx), -1, -1)
-        columns = []
-        for step in logits[:, :max_new_tokens].unbind(1):  # (B, V) each
-            if decode == "greedy" or temperature == 0:
-                token = step.argmax(-1)
-            else:
-                token = draw(probabilities(step, temperature, top_k, top_p), generator)
-            if eot is not None:
-                token = token.masked_fill(ended, eot)
-                ended = ended | (token == eot)
-            columns.append(token)
-        new = torch.stack(columns, dim=1)
-        if eot is not None and ended.all():  # within a block of several: no column after the last end
-            new = new[:, : int((new == eot).int().argmax(1).max()) + 1]
-        context.append(new)
-        max_new_tokens -= new.size(1)
-        yield new
-
-
-@torch.no_grad()
 def beam_search(model, idx, max_new_tokens, width, length_penalty, eot, use_cache):
-    """The best text that keeping the `width` likeliest beginnings at every step finds (Graves 2012, algorithm 1).
+    """The best hypothesis for each prompt of idx (B, T), of `width` kept at every step (Graves 2012, algorithm 1).
 
-    score = sum of the log-probabilities / (generated length ** length_penalty), end of text counted. A text is done
-    when it reaches end of text among the `width` best candidates, or max_new_tokens; the search is over when no
-    running beam can still beat the best text that is done.
-    """
-    B, prompt, device = len(idx), idx.size(1), idx.device
-    context = Context(model, idx, use_cache)
-    scores = torch.full((B, width), -math.inf, device=device)  # of the running beams, accumulated
-    scores[:, 0] = 0.0  # at first all beams of a prompt are the same: count one
-    done = [(-math.inf, idx[b, :0]) for b in range(B)]  # (score, tokens) of the best text of each prompt
-    first_row = torch.arange(B, device=device)[:, None] * width  # of each prompt's beams in the batch
-    logits, column = context.logits(), 0
-    context.select(torch.arange(B, device=device).repeat_interleave(width))
-    logits = logits.repeat_interleave(width, 0)
+    score = sum of the log-probabilities / (generated length ** length_penalty), end of text counted. A hypothesis is
+    finished at end of text, if it is among the `width` best, or at max_new_tokens. The search ends when no running
+    hypothesis can still beat the best finished one."""
+    B, T = idx.shape
+    context = Context(model, idx.repeat_interleave(width, 0), use_cache)
+    scores = torch.full((B, width), -math.inf, device=idx.device)  # summed log-probabilities of running hypotheses
+    scores[:, 0] = 0.0  # the hypotheses of a prompt are equal at first: only one counts
+    finished = [(-math.inf, idx[b, :0]) for b in range(B)]  # (score, tokens) of the best one of each prompt
+    first_row = torch.arange(B, device=idx.device)[:, None] * width  # of each prompt's hypotheses in the batch
     for length in range(1, max_new_tokens + 1):
-        if column == logits.size(1):
-            logits, column = context.logits(), 0
-        logp = logits[:, column].log_softmax(-1)  # (B * width, V)
+        logp = context.logits().log_softmax(-1)  # (B * width, V)
         V = logp.size(-1)
-        # Twice the width: even if every best candidate ended, `width` others could go on.
-        best, where = (scores[:, :, None] + logp.view(B, width, V)).flatten(1).topk(min(2 * width, width * V))
-        rows, tokens = first_row + where // V, where % V  # (B, 2 * width): which beam, continued by what
+        # Twice the width: even if the `width` best candidates all ended, `width` others remain.
+        best, where = (scores[:, :, None] + logp.view(B, width, V)).flatten(1).topk(2 * width)
+        rows, tokens = first_row + where // V, where % V  # (B, 2 * width): which hypothesis, continued by which token
         last = length == max_new_tokens
         ends = torch.full_like(tokens, last, dtype=torch.bool) if eot is None or last else tokens == eot
         for b, k in (ends[:, :width] & best[:, :width].isfinite()).nonzero().tolist():
             score = best[b, k].item() / length**length_penalty
-            if score > done[b][0]:
-                done[b] = score, torch.cat([context.tokens[rows[b, k], prompt:], tokens[b, k, None]])
-        if last:
-            break
+            if score > finished[b][0]:
+                finished[b] = score, torch.cat([context.tokens[rows[b, k], T:], tokens[b, k, None]])
         scores, keep = best.masked_fill(ends, -math.inf).topk(width)
-        rows, tokens = rows.gather(1, keep).flatten(), tokens.gather(1, keep).flatten()
-        context.select(rows)
-        context.append(tokens[:, None])
-        logits, column = logits[rows], column + 1
-        reach = max_new_tokens if length_penalty > 0 else length  # the length at which a running beam scores best
-        if all(scores[b, 0].item() / reach**length_penalty <= done[b][0] for b in range(B)):
+        reach = max_new_tokens if length_penalty > 0 else length  # the length at which a running hypothesis scores best
+        if last or all(scores[b, 0].item() / reach**length_penalty <= finished[b][0] for b in range(B)):
             break
-    best = [text for _, text in done]
-    n = max(map(len, best))
-    return torch.stack([torch.cat([text, text.new_full((n - len(text),), eot or 0)]) for text in best])
+        context.select(rows.gather(1, keep).flatten())
+        context.append(tokens.gather(1, keep).flatten())
+    return torch.nn.utils.rnn.pad_sequence([tokens for _, tokens in finished], True, eot or 0)
 
 
-def generate(model, idx, max_new_tokens, decode="greedy", temperature=1.0, top_k=None, top_p=None, beam_width=4,
-             length_penalty=1.0, eot=None, generator=None, use_cache=True):  # fmt: skip
-    """Continues prompts idx (B, T), all of one length; returns the new tokens (B, n), n <= max_new_tokens. With `eot`,
-    a row ends there and is filled up with it. An empty prompt (T = 0) starts from eot.
-
-    decode: greedy, beam, top-k, temperature or nucleus. The last three draw with `generator` from
-    probabilities(logits, temperature, top_k, top_p); top-k takes 50 and nucleus 0.95 if they are not given.
-    Temperature 0 is greedy, and so is a beam of width 1. Raises ValueError for what makes no sense.
-    """
+@torch.no_grad()
+def generate(
+    model,
+    idx,  # prompts (B, T), all of one length
+    max_new_tokens,
+    decode="greedy",  # or beam, top-k, temperature, nucleus
+    temperature=1.0,  # the filters combine, in this order; temperature 0 is greedy
+    top_k=None,  # if not given, 50 with decode="top-k"
+    top_p=None,  # if not given, 0.95 with decode="nucleus"
+    beam_width=4,  # hypotheses of beam search; 1 is greedy
+    length_penalty=1.0,  # beam search divides scores by the generated length to this power
+    eot=None,  # id of the end of text: a row ends there and is filled up with it
+    generator=None,  # torch.Generator to draw with
+    use_cache=True,
+    callback=None,  # called with each new token (B) as soon as it is known; not with beam search
+):
+    """Continues the prompts; returns the new tokens (B, n), n <= max_new_tokens. Cuts long prompts as `crop` does, and
+    puts the model in eval mode. Raises ValueError for arguments out of range."""
     if decode not in DECODERS:
-        raise ValueError(f"decode {decode!r} is none of {', '.join(DECODERS)}")
-    few = beam_width < 1 or (top_k is not None and top_k < 1)
-    if few or not temperature >= 0 or not 0 <= (top_p or 0) <= 1:
-        raise ValueError("temperature must be >= 0, beam_width and top_k >= 1, top_p in [0, 1]")
-    if idx.size(1) == 0:
-        if eot is None:
-            raise ValueError("an empty prompt needs eot to start from")
-        idx = idx.new_full((len(idx), 1), eot)
+        raise ValueError(f"decode {decode!r} is invalid: choose one of {', '.join(DECODERS)}")
+    if idx.dim() != 2 or idx.size(1) == 0:
+        raise ValueError(f"idx has shape {tuple(idx.shape)}: expected (B, T), at least one token id for each prompt")
+    few = min(max_new_tokens + 1, beam_width, 1 if top_k is None else top_k) < 1
+    if few or not 0 <= temperature < math.inf or not 0 <= (top_p or 0) <= 1:
+        raise ValueError("temperature and max_new_tokens must be >= 0, beam_width and top_k >= 1, top_p in [0, 1]")
+    idx = crop(idx, model.cfg.block_size, max_new_tokens)
     top_k = 50 if decode == "top-k" and top_k is None else top_k
     top_p = 0.95 if decode == "nucleus" and top_p is None else top_p
-    training = model.training
     model.eval()
-    try:
-        if max_new_tokens < 1:
-            return idx[:, :0]
-        if decode == "beam" and beam_width > 1:
-            return beam_search(model, idx, max_new_tokens, beam_width, length_penalty, eot, use_cache)
-        decode = "greedy" if decode == "beam" else decode
-        filters = temperature, top_k, top_p
-        return torch.cat([*stream(model, idx, max_new_tokens, decode, *filters, eot, generator, use_cache)], dim=1)
-    finally:
-        model.train(training)
+    if decode == "beam" and beam_width > 1:
+        return beam_search(model, idx, max_new_tokens, beam_width, length_penalty, eot, use_cache)
+    context = Context(model, idx, use_cache)
+    ended = torch.zeros(len(idx), dtype=torch.bool, device=idx.device)
+    for _ in range(max_new_tokens):
+        logits = context.logits()
+        if decode in ("greedy", "beam") or temperature == 0:
+            token = logits.argmax(-1)
+        else:
+            weights, ids = candidates(logits, temperature, top_k, top_p)
+            token = ids.gather(1, torch.multinomial(weights, 1, generator=generator))[:, 0]
+        if eot is not None:
+            token = token.masked_fill(ended, eot)
+            ended |= token == eot
+        context.append(token)
+        if callback:
+            callback(token)
+        if ended.all():
+            break
+    return context.tokens[:, idx.size(1) :]
 
 
 def load(ckpt, device="cpu"):
-    """(model, tokenizer) of a checkpoint: the Model of the file that wrote it, ready to sample, and a
-    tiktoken.Encoding. Exits with one line if that cannot be."""
+    """(model, tokenizer) of a checkpoint: the Model of the file that wrote it, in eval mode, and a tiktoken.Encoding.
+    Raises FileNotFoundError, or ValueError if it is damaged or does not fit today's model file."""
+    if Path(ckpt).is_dir():
+        inside = [shlex.quote(str(path)) for path in Path(ckpt).glob("*.pt")]
+        raise ValueError(f"{ckpt} is a folder. Checkpoints in it: {', '.join(sorted(inside)) or 'none'}")
     state = read_checkpoint(ckpt)
-    source = Path(__file__).parent / Path(str(state["model_file"])).name
-    if not source.is_file() or not source.stem.isidentifier():
-        sys.exit(f"{ckpt}: written by {state['model_file']}, which is not here")
     try:
-        module = importlib.import_module(source.stem)
+        module = importlib.import_module(Path(state["model_file"]).stem)
         model = module.Model(module.Config(**state["config"]))
         model.load_state_dict(state["model"])
         tokenizer = load_tokenizer(state["tokenizer"]["name"], state["tokenizer"]["ranks"])
-        if tokenizer.n_vocab != state["tokenizer"]["vocab_size"]:
-            raise ValueError(f"its tokenizer has {tokenizer.n_vocab} ids, not {state['tokenizer']['vocab_size']}")
-    except Exception as e:  # a hand-made Config fails in as many ways as there are
-        sys.exit(f"{ckpt} does not fit {source.name} ({' '.join(str(e).split())[:200]})")
+    except Exception as e:  # a Config from another version fails in as many ways as it has fields
+        raise ValueError(f"{ckpt} does not fit {state['model_file']}: {' '.join(str(e).split())[:300]}") from e
     return model.to(device).eval(), tokenizer
 
 
-class Printer:
-    """Prints tokens as text while they come. A character may span several tokens: it waits until it is whole."""
+def printer(tokenizer, text):
+    """Returns a function that prints a token (1), after `text` at first. A character of several tokens is printed when
+    it is complete."""
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
-    def __init__(self, tokenizer):
-        self.tokenizer, self.decoder = tokenizer, codecs.getincrementaldecoder("utf-8")("replace")
+    def show(token):
+        nonlocal text
+        if token.item() != tokenizer.eot_token:
+            text += decoder.decode(tokenizer.decode_single_token_bytes(token.item()))
+        print(text, end="", flush=True)
+        text = ""
 
-    def __call__(self, ids, final=False):
-        data = b"".join(self.tokenizer.decode_single_token_bytes(i) for i in ids)
-        print(self.decoder.decode(data, final), end="\n" if final else "", flush=True)
+    return show
 
 
-def show(model, tokenizer, prompt, decode, args):
-    """Prints the samples of one decoder and how fast they were."""
-    eot = tokenizer.eot_token
-    device = next(model.parameters()).device
-    ids = tokenizer.encode_ordinary(prompt) or [eot]  # special tokens in a prompt are text like any other
-    n_samples = args.num_samples if decode in ("top-k", "temperature", "nucleus") else 1  # the others have one answer
-    idx = torch.tensor([ids] * n_samples, device=device)
-    generator = torch.Generator(device).manual_seed(args.seed)
-    top_k = args.top_k if decode == "top-k" else None
-    top_p = args.top_p if decode == "nucleus" else None
-    temperature = 1.0 if decode == "top-k" or decode == "nucleus" else args.temperature
-    if args.decode == "all":
-        print(f"--- {decode} ---")
-    start, n_tokens = time.perf_counter(), 0
-    if n_samples == 1 and decode != "beam":
-        printer = Printer(tokenizer)
-        print(prompt, end="", flush=True)
-        filters = temperature, top_k, top_p
-        for new in stream(model, idx, args.max_new_tokens, decode, *filters, eot, generator, not args.no_cache):
-            n_tokens += new.size(1)
-            printer([i for i in new[0].tolist() if i != eot])
-        printer([], final=True)
-    else:
-        new = generate(model, idx, args.max_new_tokens, decode, temperature, top_k, top_p, args.beam_width,
-                       args.length_penalty, eot, generator, not args.no_cache)  # fmt: skip
-        for i, row in enumerate(new.tolist()):
-            row = row[: row.index(eot)] if eot in row else row
-            n_tokens += len(row)
-            print("" if n_samples == 1 else f"[{i + 1}] ", prompt, tokenizer.decode(row, errors="replace"), sep="")
-    seconds = time.perf_counter() - start
-    about = sys.stdout if args.decode == "all" else sys.stderr
-    print(f"({n_tokens} tokens, {n_tokens / seconds:,.1f} tokens/s)\n", file=about, flush=True)
+def run(args):
+    """Prints the samples of the chosen decoders for every prompt, and their speed."""
+    chosen = DECODERS if args.decode == "all" else (args.decode,)
+    for name in OPTIONS.keys() & vars(args).keys():  # those that were given
+        if not set(OPTIONS[name]) & set(chosen):
+            option, users = f"--{name.replace('_', '-')}", ", ".join(OPTIONS[name])
+            raise ValueError(f"{option} has no effect with --decode {args.decode}, only with {users}")
+    if getattr(args, "num_samples", 1) < 1:
+        raise ValueError("--num-samples must be at least 1")
+    device, dtype = choose_device(args.device, args.dtype)
+    model, tokenizer = load(args.ckpt, device)
+    model.to(torch.float32 if args.dtype == "auto" and device.type != "cuda" else dtype)
+    generator = torch.Generator(device).manual_seed(getattr(args, "seed", 1337))
+    if args.prompt_file is not None:
+        args.prompt = Path(args.prompt_file).read_text(encoding="utf-8")
+    elif args.prompt is None and not sys.stdin.isatty():
+        args.prompt = sys.stdin.read()
+    eot, session = tokenizer.eot_token, iter(lambda: input("prompt (Ctrl-D ends)> "), None)
+    for prompt in session if args.prompt is None else [args.prompt]:
+        idx = torch.tensor([tokenizer.encode_ordinary(prompt) or [eot]], device=device)  # special tokens are plain text
+        idx = crop(idx, model.cfg.block_size, args.max_new_tokens)
+        for decode in chosen:
+            options = {name: value for name, value in vars(args).items() if decode in OPTIONS.get(name, ())}
+            n_samples, _ = options.pop("num_samples", 1), options.pop("seed", None)
+            if decode == "temperature":
+                options.setdefault("temperature", 0.7)
+            streams = n_samples == 1 and decode != "beam"
+            if args.decode == "all":
+                print(f"--- {decode} ---")
+            options["callback"] = printer(tokenizer, prompt) if streams else None
+            shared = dict(eot=eot, generator=generator, use_cache=not args.no_cache)
+            start = time.perf_counter()
+            new = generate(model, idx.repeat(n_samples, 1), args.max_new_tokens, decode, **options, **shared)
+            seconds = time.perf_counter() - start
+            rows = [row[: row.index(eot)] if eot in row else row for row in new.tolist()]
+            for i, row in enumerate(rows):
+                label = f"[{i + 1}] " if n_samples > 1 else ""
+                print("" if streams else label + prompt + tokenizer.decode(row, errors="replace"))
+            n, file = sum(map(len, rows)), sys.stdout if args.decode == "all" else sys.stderr
+            print(f"({n} tokens, {n / seconds:,.1f} tokens/s)\n", file=file, flush=True)
 
 
 def main(argv=None):
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("sample.py", description=__doc__, formatter_class=formatter)
+    parser = argparse.ArgumentParser("sample.py", description=__doc__, argument_default=argparse.SUPPRESS)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.error = lambda message: sys.exit(f"sample.py: {message} (--help lists all options)")
-    parser.add_argument("--ckpt", default="out/gpt2/ckpt.pt", help="of any model file (default: %(default)s)")
-    parser.add_argument("--prompt", help="text to continue; empty: a new document (default: standard input)")
-    parser.add_argument("--prompt-file", help="file that holds the prompt")
-    parser.add_argument("--decode", choices=(*DECODERS, "all"), default="nucleus", help="(default: %(default)s)")
-    parser.add_argument("--max-new-tokens", type=int, default=200, help="(default: %(default)s)")
-    parser.add_argument("--num-samples", type=int, default=1, help="of one prompt, as one batch (default: %(default)s)")
-    parser.add_argument("--temperature", type=float, default=0.7, help="of --decode temperature (default: %(default)s)")
-    parser.add_argument("--top-k", type=int, default=50, help="of --decode top-k (default: %(default)s)")
-    parser.add_argument("--top-p", type=float, default=0.95, help="of --decode nucleus (default: %(default)s)")
-    parser.add_argument("--beam-width", type=int, default=4, help="of --decode beam (default: %(default)s)")
-    parser.add_argument("--length-penalty", type=float, default=1.0, help="of --decode beam (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=1337, help="(default: %(default)s)")
-    parser.add_argument("--no-cache", action="store_true", help="read all again for every token: same text, slower")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, ... (default: a CUDA GPU if there is one)")
-    dtypes = ("auto", "float32", "bfloat16")
-    parser.add_argument("--dtype", choices=dtypes, default="auto", help="auto: bfloat16 on CUDA, else float32")
+    add = parser.add_argument
+    add("--ckpt", default="out/gpt2/ckpt.pt", help="checkpoint of any model file (default: %(default)s)")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--prompt", default=None, help="text to continue; '' begins a document (default: stdin)")
+    source.add_argument("--prompt-file", default=None, help="UTF-8 text file that holds the prompt")
+    add("--decode", choices=(*DECODERS, "all"), default="nucleus", help="(default: %(default)s)")
+    add("--max-new-tokens", type=int, default=200, help="(default: %(default)s)")
+    add("--num-samples", type=int, help="samples of one prompt, drawn as one batch (default: 1)")
+    add("--temperature", type=float, help="(default: 0.7 with --decode temperature, 1 with top-k and nucleus)")
+    add("--top-k", type=int, help="tokens to keep (default: 50 with --decode top-k, otherwise all)")
+    add("--top-p", type=float, help="probability to keep (default: 0.95 with --decode nucleus, otherwise 1)")
+    add("--beam-width", type=int, help="hypotheses of beam search (default: 4)")
+    add("--length-penalty", type=float, help="beam search divides by length to this power (default: 1)")
+    add("--seed", type=int, help="of everything drawn until sample.py ends (default: 1337)")
+    add("--no-cache", action="store_true", default=False, help="compute all again for every token: same text, slower")
+    add("--device", default="auto", help="cpu, cuda, mps, ... (default: a CUDA GPU if there is one)")
+    add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="auto: float32, on CUDA as trained")
     args = parser.parse_args(argv)
-    if args.num_samples < 1 or args.max_new_tokens < 0:
-        parser.error("--num-samples must be at least 1 and --max-new-tokens at least 0")
-    if min(args.top_k, args.beam_width) < 1 or not args.temperature >= 0 or not 0 <= args.top_p <= 1:
-        parser.error("--top-k and --beam-width must be at least 1, --temperature at least 0, --top-p in [0, 1]")
     if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")  # a terminal may lack letters that a model has
-    device, dtype = choose_device(args, int(os.environ.get("LOCAL_RANK", 0)))
-    model, tokenizer = load(args.ckpt, device)
-    model.to(dtype if args.dtype != "auto" or device.type == "cuda" else torch.float32)
-    decoders = DECODERS if args.decode == "all" else (args.decode,)
+        sys.stdout.reconfigure(errors="replace")  # the terminal's encoding may lack characters of the vocabulary
     try:
-        prompt = args.prompt
-        if args.prompt_file:
-            prompt = Path(args.prompt_file).read_text(encoding="utf-8")
-        interactive = prompt is None and sys.stdin.isatty()
-        if prompt is None and not interactive:
-            prompt = sys.stdin.read()
-        while True:
-            if interactive:
-                prompt = input("prompt (Ctrl-D ends)> ")
-            for decode in decoders:
-                show(model, tokenizer, prompt, decode, args)
-            if not interactive:
-                break
+        run(args)
     except EOFError:
         print()
     except KeyboardInterrupt:
         print(file=sys.stderr)
         sys.exit(130)
-    except BrokenPipeError:  # whoever read us has seen enough
+    except BrokenPipeError:  # as in `sample.py | head`; without this line Python complains again when it exits
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except UnicodeDecodeError:
-        sys.exit(f"{args.prompt_file or 'standard input'}: not UTF-8")
-    except OSError as e:
-        sys.exit(f"{e.filename or 'standard output'}: {e.strerror}")
-    except (ValueError, OverflowError, MemoryError) as e:
-        sys.exit(f"sample.py: {str(e) or 'not enough memory'}")
+        sys.exit(f"sample.py: {args.prompt_file or 'standard input'} is not UTF-8 text")
+    except (ValueError, OSError) as e:
+        sys.exit(f"sample.py: {e}")
 
 
 if __name__ == "__main__":

@@ -1,15 +1,16 @@
-"""Decoders give the texts that Hugging Face, exhaustive search and exact distributions give; the command line obeys."""
+"""Decoders agree with Hugging Face, exhaustive search and exact distributions; the command line does what it says."""
 
+import codecs
 import io
 import itertools
 import math
-import pickle
-from pathlib import Path
-from types import SimpleNamespace
+import signal
+import subprocess
+import sys
 
 import pytest
 import torch
-import torch.nn as nn
+from conftest import MODEL_FILES, ROOT, load
 from test_gpt2 import as_hugging_face, random_model
 from transformers import GenerationConfig
 
@@ -17,144 +18,112 @@ import gpt2
 import sample
 from prepare_data import load_tokenizer
 
-DRAWING = ("top-k", "temperature", "nucleus")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Networks this small are faster without others to wait for."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def tiny(seed=0, **config):
-    """A network of peaked distributions: the likeliest of 12 tokens has about half the mass."""
-    config = {"vocab_size": 12, "block_size": 16, "n_embd": 16, "n_head": 2, **config}
-    return random_model(seed, std=0.4, **config)
-
-
-def tokens(*shape, vocab_size=12, seed=0):
-    return torch.randint(vocab_size, shape, generator=torch.Generator().manual_seed(seed))
-
 
 def seeded(seed):
     return torch.Generator().manual_seed(seed)
 
 
-class Ahead4(nn.Module):
-    """The contract of a model file with ahead = 4 and nothing more: token p is scored by its position and by all tokens
-    up to p - 4. Before the text stands nothing, so that the first tokens are scored by their position alone."""
-
-    ahead = 4
-
-    def __init__(self, seed=0, vocab_size=12, block_size=16):
-        super().__init__()
-        torch.manual_seed(seed)
-        self.cfg = SimpleNamespace(vocab_size=vocab_size, block_size=block_size)
-        self.position = nn.Parameter(torch.randn(block_size + 4, vocab_size))
-        self.table = nn.Parameter(torch.randn(vocab_size, vocab_size))
-
-    def forward(self, idx, cache=None):
-        if cache is not None:
-            cache.tokens = idx = torch.cat([cache.tokens, idx], dim=1)
-        B, T = idx.shape
-        assert T <= self.cfg.block_size
-        read = self.table[idx].cumsum(1)  # (B, T, V), row i has read tokens 0..i and scores token i + 4
-        if cache is None:
-            return read + self.position[4 : T + 4]
-        read = torch.cat([read.new_zeros(B, 4, read.size(2)), read], dim=1)
-        return read[:, -4:] + self.position[T : T + 4]
-
-    def new_cache(self, batch_size):
-        return Ahead4Cache(batch_size)
+def tokens(*shape, vocab_size=12, seed=0):
+    return torch.randint(vocab_size, shape, generator=seeded(seed))
 
 
-class Ahead4Cache:
-    def __init__(self, batch_size):
-        self.tokens = torch.zeros(batch_size, 0, dtype=torch.long)
-
-    @property
-    def length(self):
-        return self.tokens.size(1)
-
-    def select(self, rows):
-        self.tokens = self.tokens[rows]
+def tiny(seed=0, **config):
+    """A GPT-2 with peaked distributions: the most probable of 12 tokens has about half the mass. In float64 rounding
+    decides no tie."""
+    config = {"vocab_size": 12, "block_size": 16, "n_layer": 1, "n_embd": 16, "n_head": 2, **config}
+    return random_model(seed, std=0.4, **config).double()
 
 
-# --- greedy and beam search
+# --- greedy, beam search, the window and the cache
 
 
-def scored(model, prompt, n, eot, length_penalty):
-    """The best text of up to n tokens after a prompt (T), found by scoring all there are."""
-    V = model.cfg.vocab_size
-    texts = torch.tensor(list(itertools.product(range(V), repeat=n)))
-    idx = torch.cat([prompt.expand(len(texts), -1), texts], dim=1)
-    with torch.no_grad():
-        logp = model(idx).double().log_softmax(-1)[:, : -model.ahead][:, -n:]  # row i: of token i + ahead
-    logp = logp.gather(2, texts[:, :, None])[:, :, 0]  # (V^n, n)
-    scores = {}
-    for text, row in zip(texts.tolist(), logp.tolist(), strict=True):
-        length = text.index(eot) + 1 if eot in text else n
-        scores[tuple(text[:length])] = sum(row[:length]) / length**length_penalty
-    return max(scores, key=scores.get)
-
-
-@pytest.fixture(scope="module")
-def pairs():
-    """(our network, Hugging Face's of the same weights, prompts (B, T), eot). In float64 rounding decides no tie."""
-    pairs = []
-    for seed in range(18):
-        vocab_size = [6, 12, 30][seed % 3]
-        eot = vocab_size - 1
-        model = tiny(seed, vocab_size=vocab_size, n_layer=1 + seed % 2).double()
-        with torch.no_grad():
-            model.wte.weight[eot] *= 3  # often the best token or the worst: some texts end early
-        prompts = tokens(1 + seed // 3 % 2, 1 + seed % 5, vocab_size=vocab_size, seed=seed)
-        pairs.append((model, as_hugging_face(model), prompts, eot))
-    return pairs
-
-
-@pytest.mark.parametrize("width, length_penalty", [(1, 1.0), *itertools.product((3, 5), (0.0, 1.0, 2.0))])
-def test_greedy_and_beam_equal_hugging_face_token_for_token(pairs, width, length_penalty):
-    config = GenerationConfig(do_sample=False, max_new_tokens=10)
+@pytest.mark.parametrize("width, length_penalty", [(1, 1.0), (3, 0.0), (3, 1.0), (3, 2.0), (5, 1.0)])
+def test_greedy_and_beam_search_equal_hugging_face_token_for_token(width, length_penalty):
+    config, ended_early = GenerationConfig(do_sample=False, max_new_tokens=10), 0
     if width > 1:
         config.update(num_beams=width, early_stopping="never", length_penalty=length_penalty)
-    ended_early = 0
-    for model, theirs, idx, eot in pairs:
+    for seed in range(12):
+        V = [6, 12, 30][seed % 3]
+        model, eot, idx = tiny(seed, vocab_size=V), V - 1, tokens(1 + seed % 2, 1 + seed % 5, vocab_size=V, seed=seed)
+        with torch.no_grad():
+            model.wte.weight[eot] *= 3  # often the best token or the worst: some rows end early
+        theirs = as_hugging_face(model)
         for end in (None, eot):
             config.update(eos_token_id=end, pad_token_id=eot)
             expected = theirs.generate(idx, attention_mask=torch.ones_like(idx), generation_config=config)
-            expected = expected[:, idx.size(1) :]
-            ours = sample.generate(model, idx, 10, "beam", beam_width=width, length_penalty=length_penalty, eot=end)
-            assert ours.tolist() == expected.tolist()
-            if width == 1:
-                assert sample.generate(model, idx, 10, "greedy", eot=end).tolist() == expected.tolist()
-            if end is None:
-                assert expected.size(1) == 10
-            else:
-                ended_early += bool(expected.size(1) < 10 or (expected[:, :-1] == eot).any())
-    assert ended_early >= 4  # of 18
+            expected = expected[:, idx.size(1) :].tolist()
+            for decode in ("greedy", "beam") if width == 1 else ("beam",):
+                new = sample.generate(model, idx, 10, decode, beam_width=width, length_penalty=length_penalty, eot=end)
+                assert new.tolist() == expected
+            ended_early += end is not None and any(eot in row for row in expected)
+    assert ended_early >= 4
 
 
-@pytest.mark.parametrize("length_penalty", [0.0, 1.0, 2.0])
-@pytest.mark.parametrize("eot", [None, 0])
-@pytest.mark.parametrize("make, V, n", [(tiny, 4, 4), (Ahead4, 2, 8)])
-def test_a_beam_wide_enough_is_exhaustive_search(make, V, n, eot, length_penalty):
+@torch.no_grad()
+def slow_search(model, text, n, width=1, eot=None, length_penalty=1.0):
+    """Beam search for the next n tokens of a text (T), with a forward pass for every token: greedy if width is 1, and
+    exhaustive if it is V^n. A pass gives `model.ahead` tokens; a full window slides by a quarter."""
+    running, finished, start, block_size = [(0.0, text)], [], 0, model.cfg.block_size
+    for i in range(n):
+        if i % model.ahead == 0:
+            end = len(text) + i
+            start = start if end - start <= block_size else end - block_size * 3 // 4
+        logits = model(torch.stack([tokens[start:end] for _, tokens in running]))[:, -model.ahead :][:, i % model.ahead]
+        longer = [
+            (score + p, torch.cat([tokens, torch.tensor([token])]))
+            for (score, tokens), row in zip(running, logits.log_softmax(-1).tolist())
+            for token, p in enumerate(row)
+        ]
+        finished += [(score, tokens) for score, tokens in longer if tokens[-1] == eot]
+        running = sorted([(score, tokens) for score, tokens in longer if tokens[-1] != eot], key=lambda x: -x[0])[
+            :width
+        ]
+    best = max(running + finished, key=lambda x: x[0] / (len(x[1]) - len(text)) ** length_penalty)
+    return best[1][len(text) :].tolist()
+
+
+@pytest.mark.parametrize("eot, length_penalty", [(None, 1.0), (0, 0.0), (0, 1.0), (0, 2.0)])
+def test_a_beam_that_is_wide_enough_finds_what_exhaustive_search_finds(eot, length_penalty):
     lengths = set()
-    for seed in range(10):
-        model = make(seed, vocab_size=V)
-        idx = tokens(2, 5, vocab_size=V, seed=seed)
-        new = sample.generate(model, idx, n, "beam", beam_width=V ** (n - 1), length_penalty=length_penalty, eot=eot)
-        best = [scored(model, prompt, n, eot, length_penalty) for prompt in idx]
-        longest = max(map(len, best))
-        assert new.tolist() == [[*text] + [eot] * (longest - len(text)) for text in best]
+    for seed in range(8):
+        model, idx = tiny(seed, vocab_size=4), tokens(2, 5, vocab_size=4, seed=seed)
+        new = sample.generate(model, idx, 4, "beam", beam_width=64, length_penalty=length_penalty, eot=eot)
+        best = [slow_search(model, prompt, 4, 256, eot, length_penalty) for prompt in idx]
+        assert new.tolist() == [row + [eot] * (new.size(1) - len(row)) for row in best]
         lengths |= {*map(len, best)}
     assert len(lengths) == 1 if eot is None else len(lengths) > 1
 
 
-# --- what is drawn, and how often
+@pytest.mark.parametrize("name", MODEL_FILES)
+def test_cached_uncached_and_plain_forward_passes_give_the_same_text_while_the_window_slides(name):
+    module = load(name)
+    block_size = max(32, 2 * getattr(module.Config, "ahead", 1))
+    torch.manual_seed(0)
+    model = module.Model(module.Config(vocab_size=12, block_size=block_size, n_embd=24, n_head=2)).double().eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.2 * torch.randn(p.shape)
+    idx, n = tokens(2, block_size * 3 // 4), block_size * 5 // 8
+    for decode, prompts in itertools.product(sample.DECODERS, (idx, idx[:1].repeat(2, 1))):  # different and equal rows
+        for eot in (None, 5):
+            options = dict(beam_width=2, eot=eot)
+            new = sample.generate(model, prompts, n, decode, **options, generator=seeded(0))
+            assert new.equal(
+                sample.generate(model, prompts, n, decode, **options, generator=seeded(0), use_cache=False)
+            )
+            if decode in ("greedy", "beam") and eot is None and prompts is idx:
+                assert new.tolist() == [slow_search(model, row, n, 2 if decode == "beam" else 1) for row in idx]
+
+
+def test_a_long_prompt_keeps_what_leaves_room_for_the_new_tokens(capsys):
+    model, text = tiny(), tokens(33)
+    for T, n, kept in ((16, 9, 16), (17, 1, 15), (33, 2, 14), (33, 4, 12), (33, 40, 12)):
+        new = sample.generate(model, text[None, :T], n)[0].tolist()
+        assert new == slow_search(model, text[T - kept : T], n)
+        assert (f"first {T - kept} tokens" in capsys.readouterr().err) == (T > 16)
+
+
+# --- distributions
 
 
 def exact(logits, temperature=1.0, top_k=None, top_p=None):
@@ -163,287 +132,98 @@ def exact(logits, temperature=1.0, top_k=None, top_p=None):
     kept = sorted(range(len(weights)), key=lambda i: -weights[i])[:top_k]
     if top_p is not None:
         total, mass, nucleus = sum(weights[i] for i in kept), 0.0, []
-        for i in kept:
-            nucleus.append(i)
-            mass += weights[i] / total
-            if mass >= top_p:
-                break
+        while not nucleus or (mass < top_p and len(nucleus) < len(kept)):
+            nucleus.append(kept[len(nucleus)])
+            mass += weights[nucleus[-1]] / total
         kept = nucleus
     total = sum(weights[i] for i in kept)
     return [weights[i] / total if i in kept else 0.0 for i in range(len(weights))]
 
 
-def fits(counts, expected):
-    """Pearson's chi-squared test: False if counts as odd as these are rarer than 1 in 10,000."""
-    n = sum(counts)
-    assert all(c == 0 for c, p in zip(counts, expected, strict=True) if p == 0)
-    cells = sorted(((c, n * p) for c, p in zip(counts, expected, strict=True) if p > 0), key=lambda cell: cell[1])
-    while len(cells) > 1 and cells[0][1] < 5:  # too few to be near normal: put the rarest two together
-        (c, e), (d, f) = cells[:2]
-        cells = sorted([(c + d, e + f), *cells[2:]], key=lambda cell: cell[1])
-    statistic, df = sum((c - e) ** 2 / e for c, e in cells), len(cells) - 1
-    assert df > 0
-    # Wilson and Hilferty 1931: the cube root of chi-squared / df is nearly normal; 3.719 cuts off 1e-4 of it.
-    return statistic < df * (1 - 2 / (9 * df) + 3.719 * math.sqrt(2 / (9 * df))) ** 3
+def filtered(logits, **filters):
+    """The distribution that sample.py draws from, (B, V)."""
+    weights, ids = sample.candidates(logits, **filters)
+    return torch.zeros_like(logits).scatter(1, ids, weights / weights.sum(1, keepdim=True))
 
 
-def count_pairs(model, prompt, n, **options):
-    """How often each pair of tokens follows in n samples of a prompt, V * V counts."""
-    new = sample.generate(model, prompt.repeat(n, 1), 2, generator=seeded(0), **options)
-    V = model.cfg.vocab_size
-    return torch.bincount(new[:, 0] * V + new[:, 1], minlength=V * V).tolist()
-
-
-def exact_pairs(model, prompt, **filters):
-    V = model.cfg.vocab_size
-    with torch.no_grad():
-        first = exact(model(prompt)[0, -1].tolist(), **filters)
-        second = model(torch.cat([prompt.repeat(V, 1), torch.arange(V)[:, None]], 1))[:, -1].tolist()
-    return [p * q for p, logits in zip(first, second, strict=True) for q in exact(logits, **filters)]
-
-
-@pytest.mark.parametrize(
-    "decode, filters",
-    [
-        ("temperature", {"temperature": 1.0}),
-        ("temperature", {"temperature": 0.5}),
-        ("temperature", {"temperature": 2.0}),
-        ("top-k", {"top_k": 3}),
-        ("nucleus", {"top_p": 0.6}),
-        ("nucleus", {"temperature": 1.5, "top_k": 5, "top_p": 0.8}),
-    ],
-)
-def test_draws_have_the_exact_distribution(decode, filters):
-    model, prompt = random_model(1, std=0.3, vocab_size=8), tokens(1, 4, vocab_size=8)
-    counts = count_pairs(model, prompt, 20_000, decode=decode, **filters)
-    assert fits(counts, exact_pairs(model, prompt, **filters))
-
-
-@pytest.mark.parametrize("decode, filters", [("top-k", {"top_k": 50}), ("nucleus", {"top_p": 0.95})])
-def test_what_is_not_given_is_50_tokens_or_95_percent(decode, filters):
-    model, prompt = random_model(1, std=0.1, vocab_size=60), tokens(1, 4, vocab_size=60)
-    new = sample.generate(model, prompt.repeat(20_000, 1), 1, decode, generator=seeded(0))[:, 0]
-    with torch.no_grad():
-        expected = exact(model(prompt)[0, -1].tolist(), **filters)
-    assert 0 in expected and fits(torch.bincount(new, minlength=60).tolist(), expected)
-
-
-def test_the_chi_squared_test_can_tell():
-    model, prompt = random_model(1, std=0.3, vocab_size=8), tokens(1, 4, vocab_size=8)
-    counts = count_pairs(model, prompt, 20_000, decode="temperature", temperature=1.0)
-    assert not fits(counts, exact_pairs(model, prompt, temperature=1.1))
-    assert not fits(counts, exact_pairs(model, prompt, temperature=0.9))
-
-
-@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
-@pytest.mark.parametrize("top_k", [None, 1, 3, 50])
-@pytest.mark.parametrize("top_p", [None, 0.0, 0.3, 0.9, 1.0])
-def test_probabilities_equal_the_obvious_loop(temperature, top_k, top_p):
+def test_the_filters_equal_a_loop_over_ids_and_keep_exactly_what_they_should():
     logits = 2 * torch.randn(20, 10, generator=seeded(0))
-    probs = sample.probabilities(logits, temperature, top_k, top_p)
-    expected = torch.tensor([exact(row, temperature, top_k, top_p) for row in logits.tolist()])
-    assert torch.allclose(probs, expected, atol=1e-6)
-    assert ((probs > 0) == (expected > 0))[expected.gt(1e-6) | expected.eq(0)].all()  # top_p = 1 rounds the tail away
+    for values in itertools.product((0.5, 1.0, 2.0), (None, 1, 3, 50), (None, 0.0, 0.3, 0.9, 1.0)):
+        filters = dict(zip(("temperature", "top_k", "top_p"), values))
+        expected, probs = torch.tensor([exact(row, **filters) for row in logits.tolist()]), filtered(logits, **filters)
+        assert torch.allclose(probs, expected, atol=1e-6) and (probs > 0).equal(expected > 0), filters
+    for k, ties in itertools.product((1, 2, 5, 8, 9), (torch.zeros(1, 8), torch.tensor([[1.0, 2, 2, 2, 2, 2, 0, 0]]))):
+        assert (filtered(ties, top_k=k) > 0).sum() == min(k, 8)
+    assert (filtered(torch.zeros(1, 8), top_p=0.3) > 0).sum() == 3  # 3/8 is the smallest mass that reaches it
+    assert (filtered(torch.zeros(1, 6000), top_p=0.75) > 0).sum() == pytest.approx(4500, abs=1)
 
 
-def test_filters_come_in_the_order_temperature_top_k_nucleus():
-    logits = torch.tensor([[0.4, 0.3, 0.2, 0.1]]).log()
-    # Top-k first leaves 4/7 to the first, more than half: it is the nucleus. Nucleus first would keep two.
-    assert (sample.probabilities(logits, top_k=2, top_p=0.5) > 0).sum() == 1
-    # At temperature 1/2 the first has 16/30. Nucleus before temperature would keep two.
-    assert (sample.probabilities(logits, temperature=0.5, top_p=0.5) > 0).sum() == 1
+def fits(counts, expected):
+    """Pearson's chi-squared test: False for counts that are rarer than 1 in 10,000."""
+    n = sum(counts)
+    assert all(count == 0 for count, p in zip(counts, expected) if p == 0)  # what a filter took out is never drawn
+    terms = [(count - n * p) ** 2 / (n * p) for count, p in zip(counts, expected) if n * p >= 5]
+    return sum(terms) < len(terms) + 2 * math.sqrt(9.2 * len(terms)) + 18.4  # Laurent and Massart 2000, lemma 1
 
 
-@pytest.mark.parametrize("k", [1, 2, 5, 7, 8, 9])
-def test_top_k_keeps_exactly_k_of_equals(k):
-    for logits in (torch.zeros(3, 8), torch.tensor([[1.0, 2, 2, 2, 2, 2, 0, 0]])):
-        probs = sample.probabilities(logits, top_k=k)
-        assert ((probs > 0).sum(-1) == min(k, 8)).all()
-        assert torch.allclose(probs.sum(-1), torch.ones(len(logits)))
+CASES = [("temperature", {}), ("temperature", {"temperature": 0.5}), ("top-k", {}), ("top-k", {"temperature": 2.0})]
+CASES += [("top-k", {"top_k": 9, "top_p": 0.8}), ("nucleus", {}), ("nucleus", {"temperature": 1.5, "top_k": 9})]
 
 
-def test_nucleus_keeps_the_token_that_crosses_and_never_less_than_one():
-    logits = torch.tensor([[0.1, 0.5, 0.15, 0.25]]).log()
-    nuclei = {0.0: [1], 0.1: [1], 0.49: [1], 0.51: [1, 3], 0.74: [1, 3], 0.76: [1, 2, 3], 1.0: [0, 1, 2, 3]}
-    for top_p, kept in nuclei.items():
-        probs = sample.probabilities(logits, top_p=top_p)[0]
-        assert probs.nonzero().flatten().tolist() == kept
-        expected = torch.zeros(4).index_copy(0, torch.tensor(kept), logits.exp()[0, kept])
-        assert torch.allclose(probs, expected / expected.sum())
-    equal = sample.probabilities(torch.zeros(1, 8), top_p=0.3)  # 3/8 is the smallest mass that reaches it
-    assert (equal > 0).sum() == 3
-
-
-# --- the cache
-
-
-def test_cached_logits_equal_plain_ones_for_every_split_in_two():
-    model, idx = tiny(), tokens(2, 16)
+@pytest.mark.parametrize("decode, options", CASES)
+def test_draws_have_the_exact_distribution(decode, options):
+    """Of two tokens in a row, each after its own prefix."""
+    V, defaults = 60, {"top-k": {"top_k": 50}, "nucleus": {"top_p": 0.95}}
+    filters = {**defaults.get(decode, {}), **options}
+    model, prompt = tiny(1, vocab_size=V), tokens(1, 4, vocab_size=V)
+    new = sample.generate(model, prompt.repeat(20_000, 1), 2, decode, generator=seeded(0), **options)
     with torch.no_grad():
-        plain = model(idx)
-        for t in range(1, 16):
-            cache = model.new_cache(2)
-            assert torch.allclose(model(idx[:, :t], cache=cache)[:, 0], plain[:, t - 1], atol=1e-5)
-            assert torch.allclose(model(idx[:, t:], cache=cache)[:, 0], plain[:, -1], atol=1e-5)
-            assert cache.length == 16
+        first = model(prompt)[0, -1].tolist()
+        second = model(torch.cat([prompt.repeat(V, 1), torch.arange(V)[:, None]], 1))[:, -1].tolist()
+    expected = [p * q for p, logits in zip(exact(first, **filters), second) for q in exact(logits, **filters)]
+    assert fits(torch.bincount(new[:, 0] * V + new[:, 1], minlength=V * V).tolist(), expected)
+    if decode == "temperature":  # the test can tell a temperature from a close one
+        close = exact(first, 1.1 * filters.get("temperature", 1.0))
+        assert not fits(torch.bincount(new[:, 0], minlength=V).tolist(), close)
 
 
-def test_cached_logits_equal_plain_ones_token_by_token():
-    model, idx = tiny(), tokens(2, 16)
-    cache = model.new_cache(2)
-    with torch.no_grad():
-        rows = [model(idx[:, t : t + 1], cache=cache) for t in range(16)]
-        assert torch.allclose(torch.cat(rows, dim=1), model(idx), atol=1e-5)
-
-
-@pytest.mark.parametrize("rows", [[1], [2, 0, 1], [0, 0, 0, 0], [2, 2, 0]])
-def test_selected_rows_go_on_each_by_itself(rows):
-    model, idx = tiny(), tokens(3, 8)
-    cache = model.new_cache(3)
-    new = tokens(len(rows), 8, seed=1)  # rows that were the same until now go apart
-    with torch.no_grad():
-        model(idx, cache=cache)
-        cache.select(rows)
-        assert cache.length == 8
-        for t in range(8):
-            text = torch.cat([idx[rows], new[:, : t + 1]], dim=1)
-            assert torch.allclose(model(new[:, t : t + 1], cache=cache)[:, 0], model(text)[:, -1], atol=1e-5)
-
-
-@pytest.mark.parametrize("decode", sample.DECODERS)
-@pytest.mark.parametrize("make", [tiny, Ahead4])
-@pytest.mark.parametrize("alike", [True, False])
-def test_same_text_with_and_without_the_cache_far_past_block_size(make, decode, alike):
-    for T in (4, 33):
-        model, idx = make(T), tokens(1, T).repeat(3, 1) if alike else tokens(3, T)
-        for eot in (None, 0):
-            cached, plain = (
-                sample.generate(model, idx, 30, decode, generator=seeded(T), eot=eot, use_cache=use_cache)
-                for use_cache in (True, False)
-            )
-            assert cached.equal(plain)
-            assert cached.shape == (3, 30) or eot is not None
-
-
-def test_same_text_with_and_without_the_cache_after_a_prompt_shorter_than_ahead():
-    model = Ahead4()
-    for T, decode in itertools.product((0, 1, 2, 3), sample.DECODERS):
-        cached, plain = (
-            sample.generate(model, tokens(2, T), 13, decode, generator=seeded(0), eot=5, use_cache=use_cache)
-            for use_cache in (True, False)
-        )
-        assert cached.equal(plain), f"{decode} after {T} tokens"
-
-
-def test_a_window_slides_past_block_size():
-    """The new window starts block_size / 2 tokens back and grows until it is full again."""
-    model, text = tiny(), tokens(1, 3)
-    new = sample.generate(model, text, 60)
-    start = 0
-    with torch.no_grad():
-        for t in range(60):
-            if text.size(1) - start > 16:
-                start = text.size(1) - 8
-            assert new[0, t] == model(text[:, start:])[0, -1].argmax()
-            text = torch.cat([text, new[:, t : t + 1]], dim=1)
-
-
-def test_several_tokens_a_forward_pass_follow_their_own_logits():
-    for seed in range(5):
-        model, text = Ahead4(seed, block_size=64), tokens(2, 6, seed=seed)
-        for n in (1, 3, 4, 5, 20, 22):
-            new = sample.generate(model, text, n)
-            assert new.shape == (2, n)
-            with torch.no_grad():
-                logits = model(torch.cat([text, new], dim=1))  # row i scores token i + 4
-            assert new.equal(logits.argmax(-1)[:, 6 - 4 : 6 - 4 + n])
-
-
-def test_several_tokens_a_forward_pass_are_drawn_from_their_own_distributions():
-    model, prompt = Ahead4(), tokens(1, 6)
-    new = sample.generate(model, prompt.repeat(5000, 1), 4, "temperature", generator=seeded(0))
-    with torch.no_grad():
-        logits = model(prompt)[0, -4:].tolist()
-    for column, row in zip(new.T, logits, strict=True):
-        assert fits(torch.bincount(column, minlength=12).tolist(), exact(row))
-
-
-# --- generate
-
-
-@pytest.mark.parametrize("decode", DRAWING)
-def test_seeds_and_samples(decode):
+@pytest.mark.parametrize("decode", sample.DRAWING)
+def test_seeds_tiny_temperatures_and_samples_of_one_prompt(decode):
     model, idx = tiny(), tokens(1, 3).repeat(8, 1)
     first, again, other = (sample.generate(model, idx, 12, decode, generator=seeded(seed)) for seed in (1, 1, 2))
     assert first.equal(again) and not first.equal(other)
-    assert len({tuple(row) for row in first.tolist()}) == 8  # a sample is not its neighbour
+    assert len({tuple(row) for row in first.tolist()}) == 8  # the samples differ
+    for temperature in (0, 1e-46, 1e-38, 1e-10):
+        assert sample.generate(model, idx, 12, decode, temperature).equal(sample.generate(model, idx, 12))
 
 
-def test_samples_of_one_prompt_share_greedy_s_text():
-    model, idx = tiny(), tokens(1, 3)
-    one = sample.generate(model, idx, 30)
-    assert sample.generate(model, idx.repeat(3, 1), 30).equal(one.repeat(3, 1))
-    other = tokens(1, 3, seed=1)
-    both = sample.generate(model, torch.cat([idx, other]), 30)
-    assert both.equal(torch.cat([one, sample.generate(model, other, 30)]))
-
-
-@pytest.mark.parametrize("decode", DRAWING)
-def test_temperature_zero_is_greedy(decode):
-    model, idx = tiny(), tokens(2, 3)
-    assert sample.generate(model, idx, 12, decode, temperature=0).equal(sample.generate(model, idx, 12))
-
-
-@pytest.mark.parametrize("make", [tiny, Ahead4])
-@pytest.mark.parametrize("decode", ["greedy", *DRAWING])
-def test_rows_that_ended_are_filled_with_eot(make, decode):
+@pytest.mark.parametrize("decode", ["greedy", *sample.DRAWING])
+def test_rows_that_end_early_are_filled_with_eot(decode):
     ragged = 0
-    for seed in range(12):
-        model, idx = make(seed), tokens(4, 4, seed=seed)
-        free = sample.generate(model, idx, 10, decode, generator=seeded(0))
-        eot = free[0, 3].item()  # so one row ends within four tokens
-        new = sample.generate(model, idx, 10, decode, generator=seeded(0), eot=eot)
-        lengths = [row.index(eot) + 1 if eot in row else 10 for row in free.tolist()]
-        n = max(lengths)
-        assert new.shape == (4, n)  # no column after the last row's end
-        for row, text, length in zip(new.tolist(), free.tolist(), lengths, strict=True):
-            assert row == text[:length] + [eot] * (n - length)
+    for seed in range(8):
+        model, idx, columns = tiny(seed), tokens(4, 4, seed=seed), []
+        free = sample.generate(model, idx, 10, decode, generator=seeded(0)).tolist()
+        eot = free[0][3]  # so one row ends within four tokens
+        new = sample.generate(model, idx, 10, decode, generator=seeded(0), eot=eot, callback=columns.append)
+        lengths = [row.index(eot) + 1 if eot in row else 10 for row in free]
+        n = max(lengths)  # no column after the end of the last row
+        assert new.tolist() == [row[:length] + [eot] * (n - length) for row, length in zip(free, lengths)]
+        assert torch.stack(columns, 1).equal(new)
         ragged += len(set(lengths)) > 1
-    assert ragged >= 6
+    assert ragged >= 4
 
 
-@pytest.mark.parametrize("decode", sample.DECODERS)
-def test_an_empty_prompt_starts_from_eot(decode):
-    model = tiny()
-    new, expected = (
-        sample.generate(model, idx, 10, decode, eot=7, generator=seeded(0))
-        for idx in (torch.zeros(2, 0, dtype=torch.long), torch.tensor([[7], [7]]))
-    )
-    assert new.equal(expected)
-    with pytest.raises(ValueError, match="eot"):
-        sample.generate(model, torch.zeros(2, 0, dtype=torch.long), 10, decode)
-
-
-@pytest.mark.parametrize("decode", ["greedy", "beam"])
-def test_dropout_is_off_while_generating_and_as_it_was_afterwards(decode):
+def test_dropout_is_off_and_arguments_out_of_range_are_refused():
     model, idx = tiny(dropout=0.5), tokens(2, 3)
-    expected = sample.generate(model, idx, 12, decode)
-    assert not model.training
-    model.train()
-    assert sample.generate(model, idx, 12, decode).equal(expected)
-    assert model.training and model.h[0].training
-
-
-@pytest.mark.parametrize("decode", sample.DECODERS)
-def test_no_new_tokens(decode):
-    assert sample.generate(tiny(), tokens(2, 3), 0, decode).shape == (2, 0)
-
-
-def test_what_makes_no_sense_is_refused():
-    for option in ("decode=best", "temperature=-1", "top_k=0", "top_p=1.5", "top_p=-0.1", "beam_width=0"):
-        name, value = option.split("=")
+    assert sample.generate(model, idx, 12).equal(sample.generate(model.train(), idx, 12))
+    assert all(sample.generate(model, idx, 0, decode).shape == (2, 0) for decode in sample.DECODERS)
+    bad = [("decode", "best"), ("top_k", 0), ("beam_width", 0), ("max_new_tokens", -1), ("top_p", 1.5), ("top_p", -0.1)]
+    for name, value in [*bad, *(("temperature", value) for value in (-1.0, math.nan, math.inf))]:
         with pytest.raises(ValueError, match=name):
-            sample.generate(tiny(), tokens(1, 3), 4, **{name: value if name == "decode" else float(value)})
+            sample.generate(model, idx, **{"max_new_tokens": 4, name: value})
+    for shape in ((3,), (2, 0)):
+        with pytest.raises(ValueError, match=r"expected \(B, T\)"):
+            sample.generate(model, torch.zeros(shape, dtype=torch.long), 4)
 
 
 # --- the command line
@@ -451,243 +231,125 @@ def test_what_makes_no_sense_is_refused():
 
 @pytest.fixture(scope="module")
 def ckpt(data, tmp_path_factory):
-    """Two steps of training write the checkpoint; then weights so large that every token of a prompt matters."""
-    out = tmp_path_factory.mktemp("out")
-    shape = "--block-size 32 --n-layer 1 --n-head 2 --n-embd 16 --batch-size 2 --micro-batch 2 --max-steps 2"
-    gpt2.main(f"--data {data} --out {out} --device cpu {shape}".split())
-    state = torch.load(out / "ckpt.pt", weights_only=True)
+    """A step of training writes the checkpoint; then weights so large that every token of a prompt matters."""
+    path = tmp_path_factory.mktemp("out") / "ckpt.pt"
+    shape = "--block-size 32 --n-layer 1 --n-head 2 --n-embd 16 --batch-size 2 --micro-batch 2 --max-steps 1"
+    gpt2.main(f"--data {data} --out {path.parent} --device cpu {shape}".split())
+    state = torch.load(path, weights_only=True)
     for name, w in state["model"].items():
-        if w.dim() == 2:
-            w.normal_(std=0.4, generator=seeded(len(name)))
-    torch.save(state, out / "ckpt.pt")
-    return out / "ckpt.pt"
+        state["model"][name] = w.normal_(std=0.4, generator=seeded(len(name))) if w.dim() == 2 else w
+    torch.save(state, path)
+    return path
 
 
 @pytest.fixture
-def run(ckpt, capsys):
-    """run(options) -> what sample.py prints to standard output."""
+def say(ckpt, capsys):
+    """say(options) -> what sample.py prints to standard output, or the line on stderr with which it exits, code 1."""
 
-    def run(*options):
+    def say(*options):
         capsys.readouterr()
-        sample.main(["--ckpt", str(ckpt), "--device", "cpu", "--max-new-tokens", "20", *map(str, options)])
+        try:
+            sample.main(["--ckpt", str(ckpt), "--device", "cpu", "--max-new-tokens", "20", *map(str, options)])
+        except SystemExit as end:
+            assert "\n" not in end.code and capsys.readouterr().out == ""
+            return end.code
         return capsys.readouterr().out
 
-    return run
+    return say
 
 
-@pytest.fixture
-def refusal(ckpt):
-    """refusal(options) -> the line with which sample.py ends."""
-
-    def refusal(*options):
-        with pytest.raises(SystemExit) as end:
-            sample.main(["--ckpt", str(ckpt), "--device", "cpu", "--prompt", "the", *map(str, options)])
-        assert isinstance(end.value.code, str) and "\n" not in end.value.code  # on stderr, with exit code 1
-        return end.value.code
-
-    return refusal
-
-
-def continuation(ckpt, ids, **options):
+@pytest.mark.parametrize(
+    "decode, options", [*CASES, ("greedy", {}), ("beam", {"beam_width": 3, "length_penalty": 0.5})]
+)
+def test_the_command_line_prints_what_generate_returns(say, ckpt, decode, options):
     model, tokenizer = sample.load(ckpt)
-    new = sample.generate(model, torch.tensor([ids]), 20, eot=tokenizer.eot_token, **options)[0].tolist()
-    return tokenizer.decode([i for i in new if i != tokenizer.eot_token])
-
-
-def test_load_gives_the_weights_and_the_tokenizer(ckpt):
-    model, tokenizer = sample.load(ckpt)
-    state = torch.load(ckpt, weights_only=True)
-    assert not model.training and isinstance(model, gpt2.Model)
-    assert all(w.equal(state["model"][name]) for name, w in model.state_dict().items())
-    assert tokenizer.decode(tokenizer.encode_ordinary("naïve 你好")) == "naïve 你好"
-    assert tokenizer.eot_token == state["tokenizer"]["eot"]
-
-
-def test_decode_all_prints_a_sample_of_each(run):
-    parts = run("--decode", "all", "--prompt", "the model").split("--- ")[1:]
-    assert [part.split(" ---\n")[0] for part in parts] == [*sample.DECODERS]
-    for part in parts:
-        assert part.split(" ---\n")[1].startswith("the model") and "tokens/s)" in part
-
-
-@pytest.mark.parametrize("options", [{"decode": "greedy"}, {"decode": "beam", "beam_width": 3, "length_penalty": 0.5}])
-def test_the_command_line_prints_what_generate_gives(run, ckpt, options):
-    ids = sample.load(ckpt)[1].encode_ordinary("the model reads")
     flags = [x for name, value in options.items() for x in (f"--{name.replace('_', '-')}", value)]
-    assert run("--prompt", "the model reads", *flags) == "the model reads" + continuation(ckpt, ids, **options) + "\n"
+    if decode == "temperature":
+        options = {"temperature": 0.7, **options}
+    for prompt in ("the naïve model", "<|endoftext|>", ""):  # special tokens in a prompt are plain text
+        idx = torch.tensor([tokenizer.encode_ordinary(prompt) or [tokenizer.eot_token]])
+        new = sample.generate(model, idx, 20, decode, **options, eot=tokenizer.eot_token, generator=seeded(1337))
+        text = tokenizer.decode([i for i in new[0].tolist() if i != tokenizer.eot_token])
+        printed = say("--decode", decode, "--prompt", prompt, *flags)
+        assert printed.rstrip("\ufffd\n") == (prompt + text).rstrip("\ufffd\n") and printed[-1] == "\n"
 
 
-def test_each_decoder_obeys_its_own_option(run):
-    greedy = run("--prompt", "the", "--decode", "greedy")
-    for decode, option in (("top-k", "--top-k=1"), ("nucleus", "--top-p=0"), ("temperature", "--temperature=0")):
-        assert run("--prompt", "the", "--decode", decode, option) == greedy
-        assert run("--prompt", "the", "--decode", decode) != greedy
+def test_all_decoders_many_samples_and_a_long_prompt(say, ckpt, capsys):
+    printed = say("--decode", "all", "--prompt", "the model", "--dtype", "bfloat16", "--top-k", 3, "--no-cache")
+    parts = [part.split(" ---\n") for part in printed.split("--- ")[1:]]
+    assert [decode for decode, _ in parts] == [*sample.DECODERS]
+    assert all(text.startswith("the model") and "tokens/s)" in text for _, text in parts)
+    samples = say("--prompt", "the", "--num-samples", 3).split("[")[1:]
+    assert [s[:6] for s in samples] == ["1] the", "2] the", "3] the"] and len({s[6:] for s in samples}) == 3
+    sample.main(["--ckpt", str(ckpt), "--decode", "all", "--prompt", "the model learns " * 20])
+    assert capsys.readouterr().err.count("tokens are left out") == 1
 
 
-def test_bfloat16(run):
-    assert run("--prompt", "the", "--decode", "all", "--dtype", "bfloat16").count("\nthe") == 5
+def test_prompts_of_a_session_draw_on_and_the_seed_fixes_the_session(say, tmp_path, monkeypatch):
+    (tmp_path / "prompt.txt").write_text("naïve\nreads", encoding="utf-8")
+    monkeypatch.setattr("sys.stdin", io.StringIO("naïve\nreads"))
+    assert say() == say("--prompt-file", tmp_path / "prompt.txt") == say("--prompt", "naïve\nreads")
+    sessions = []
+    for seed in (1, 1, 2):
+        monkeypatch.setattr("sys.stdin", io.StringIO("the\nthe\n"))
+        monkeypatch.setattr("sys.stdin.isatty", lambda: True)
+        sessions.append([text.strip() for text in say("--seed", seed).split("prompt (Ctrl-D ends)> ")])
+    assert sessions[0] == sessions[1] != sessions[2]
+    assert sessions[0][1] != sessions[0][2] and sessions[0][1] == say("--prompt", "the", "--seed", 1).strip()
 
 
-def test_num_samples_prints_as_many_that_differ(run):
-    samples = run("--prompt", "the", "--num-samples", 3, "--decode", "temperature", "--temperature", 1).split("[")[1:]
-    assert [s[:6] for s in samples] == ["1] the", "2] the", "3] the"]
-    assert len({s[6:] for s in samples}) == 3
+def test_the_printer_never_cuts_a_character(capsys):
+    show, decoder = sample.printer(load_tokenizer("bytes"), ""), codecs.getincrementaldecoder("utf-8")()
+    for byte in [*"naïve 你好, мир 🏳️‍🌈".encode(), 0xFF, 0x62]:
+        show(torch.tensor([byte]))
+        expected = decoder.decode(bytes([byte])) if byte != 0xFF else "\ufffd"
+        assert capsys.readouterr().out == expected  # every character as soon as it is complete
 
 
-def test_the_prompt_comes_from_an_option_a_file_or_standard_input(run, tmp_path, monkeypatch):
-    text = "the naïve model\nreads"
-    (tmp_path / "prompt.txt").write_text(text, encoding="utf-8")
-    expected = run("--prompt", text)
-    assert expected.startswith(text) and len(expected) > len(text) + 1
-    assert run("--prompt-file", tmp_path / "prompt.txt") == expected
-    monkeypatch.setattr("sys.stdin", io.StringIO(text))
-    assert run() == expected
-
-
-def test_a_terminal_is_asked_for_prompt_after_prompt(run, monkeypatch):
-    class Terminal(io.StringIO):
-        def isatty(self):
-            return True
-
-    monkeypatch.setattr("sys.stdin", Terminal("the model\nlearns\n"))
-    out = run("--decode", "greedy")
-    assert run("--decode", "greedy", "--prompt", "the model") in out
-    assert run("--decode", "greedy", "--prompt", "learns") in out
-
-
-def test_special_tokens_in_a_prompt_are_text(run, ckpt):
-    text = "<|endoftext|>"
-    tokenizer = sample.load(ckpt)[1]
-    ids = tokenizer.encode_ordinary(text)
-    assert tokenizer.eot_token not in ids
-    as_text, as_token = continuation(ckpt, ids), continuation(ckpt, [tokenizer.eot_token])
-    assert as_text != as_token
-    assert run("--decode", "greedy", "--prompt", text) == text + as_text + "\n"
-
-
-def test_an_empty_prompt_on_the_command_line(run, ckpt):
-    expected = continuation(ckpt, [sample.load(ckpt)[1].eot_token]) + "\n"
-    assert run("--decode", "greedy", "--prompt", "") == expected
-
-
-@pytest.mark.parametrize("decode", sample.DECODERS)
-def test_no_cache_prints_the_same_text(run, decode):
-    options = ("--decode", decode, "--prompt", "a token", "--num-samples", 2, "--max-new-tokens", 60)
-    assert run(*options) == run(*options, "--no-cache")
-
-
-def test_seed_decides_what_is_drawn(run):
-    first, again, other = (run("--prompt", "the", "--seed", seed) for seed in (1, 1, 2))
-    assert first == again != other
-
-
-@pytest.mark.parametrize("text", ["naïve", "你好, мир", "a 🙂 b 🏳️‍🌈"])
-@pytest.mark.parametrize("step", [1, 2, 3])
-def test_printer_never_cuts_a_character(text, step, capsys):
-    printer, ids = sample.Printer(load_tokenizer("bytes")), list(text.encode())
-    shown = ""
-    for i in range(0, len(ids), step):
-        printer(ids[i : i + step])
-        shown += capsys.readouterr().out
-        assert shown == bytes(ids[: i + step]).decode("utf-8", "ignore")  # every character as soon as it is whole
-    printer([], final=True)
-    assert shown + capsys.readouterr().out == text + "\n"
-
-
-def test_printer_replaces_what_never_becomes_a_character(capsys):
-    printer = sample.Printer(load_tokenizer("bytes"))
-    printer([0x61, 0xFF, 0x62, 0xE4])
-    printer([], final=True)
-    assert capsys.readouterr().out == "a\ufffdb\ufffd\n"
-
-
-# --- errors, one line each
-
-
-@pytest.mark.parametrize("size", [0, 1, 0.5, -1])
-def test_a_truncated_checkpoint(refusal, ckpt, tmp_path, size):
-    whole = ckpt.read_bytes()
-    (tmp_path / "cut.pt").write_bytes(whole[: int(size * len(whole)) if size == 0.5 else size])
-    assert "cut.pt" in refusal("--ckpt", tmp_path / "cut.pt")
-
-
-def test_a_text_file_or_another_s_checkpoint(refusal, tmp_path):
-    (tmp_path / "notes.txt").write_text("not a checkpoint at all\n")
-    assert "notes.txt" in refusal("--ckpt", tmp_path / "notes.txt")
-    for i, other in enumerate(({"weights": torch.zeros(2)}, [1, 2], torch.zeros(3), 5)):
-        torch.save(other, tmp_path / f"other{i}.pt")
-        assert f"other{i}.pt" in refusal("--ckpt", tmp_path / f"other{i}.pt")
-    assert "none.pt" in refusal("--ckpt", tmp_path / "none.pt")
-
-
-@pytest.mark.parametrize("name", ["nobody.py", "prepare_data.py", "../gpt3.py", "", 3])
-def test_a_checkpoint_of_an_unknown_model_file(refusal, ckpt, tmp_path, name):
-    state = torch.load(ckpt, weights_only=True)
-    torch.save({**state, "model_file": name}, tmp_path / "other.pt")
-    assert "other.pt" in refusal("--ckpt", tmp_path / "other.pt")
+@pytest.mark.parametrize("stop", ["interrupt", "close"])
+def test_ctrl_c_and_a_closed_pipe_end_without_a_traceback(ckpt, stop):
+    command = [sys.executable, ROOT / "sample.py", "--ckpt", ckpt, "--prompt", "the", "--max-new-tokens", "1000000"]
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    child.stdout.read(3)
+    child.send_signal(signal.SIGINT) if stop == "interrupt" else child.stdout.close()
+    assert child.wait(60) == (130 if stop == "interrupt" else 0)
+    assert child.stderr.read().strip() == b""
 
 
 @pytest.mark.parametrize(
-    "change",
+    "options, message",
     [
-        {"config": {"n_embd": 15}},
-        {"config": {"no_such_field": 1}},
-        {"model": {}},
-        {"model": None},
-        {"tokenizer": {}},
-        {"tokenizer": {"name": "bpe:300", "ranks": "no ranks"}},
-        {"tokenizer": {"name": "klingon", "ranks": ""}},
+        ("--decode greedy --temperature 1", "--temperature has no effect with --decode greedy"),
+        ("--decode beam --num-samples 2", "--num-samples has no effect with --decode beam"),
+        ("--decode top-k --beam-width 2", "--beam-width has no effect with --decode top-k, only with beam"),
+        ("--prompt the --prompt-file prompt.txt", "not allowed with"),
+        ("--prompt the --top-k 0", "top_k"),
+        ("--num-samples 0", "--num-samples"),
+        ("--decode best", "--decode"),
+        ("--prompt-file nothing.txt", "nothing.txt"),
+        ("--ckpt nothing.pt", "nothing.pt: no such checkpoint"),
+        ("--device nothing", "--device nothing"),
     ],
 )
-def test_a_checkpoint_whose_parts_do_not_fit(refusal, ckpt, tmp_path, change):
-    state = torch.load(ckpt, weights_only=True)
-    torch.save({**state, **change}, tmp_path / "odd.pt")
-    refusal("--ckpt", tmp_path / "odd.pt")
+def test_options_that_are_out_of_range_or_have_no_effect(say, options, message):
+    assert message in say(*options.split())
 
 
-class Bomb:
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return Path.touch, (self.path,)
-
-
-@pytest.mark.parametrize("save", [torch.save, lambda state, path: path.write_bytes(pickle.dumps(state))])
-def test_code_in_a_checkpoint_is_not_executed(refusal, ckpt, tmp_path, save):
-    state = torch.load(ckpt, weights_only=True)
-    fired = tmp_path / "fired"
-    save({**state, "step": Bomb(fired)}, tmp_path / "bomb.pt")
-    assert "bomb.pt" in refusal("--ckpt", tmp_path / "bomb.pt")
-    assert not fired.exists()
-    pickle.loads(pickle.dumps(Bomb(fired)))
-    assert fired.exists()  # it would have
-
-
-def test_a_prompt_file_that_is_missing_or_not_utf_8(refusal, tmp_path):
-    assert "nothing.txt" in refusal("--prompt-file", tmp_path / "nothing.txt")
-    (tmp_path / "latin.txt").write_bytes("naïve".encode("latin-1"))
-    assert "latin.txt" in refusal("--prompt-file", tmp_path / "latin.txt")
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA GPU is here")
-def test_cuda_where_there_is_none(refusal):
-    assert "--device cuda" in refusal("--device", "cuda")
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        "--decode top-k --top-k 0",
-        "--decode nucleus --top-p 1.5",
-        "--decode temperature --temperature -1",
-        "--decode temperature --temperature nan",
-        "--decode beam --beam-width 0",
-        "--decode best",
-        "--num-samples 0",
-        "--max-new-tokens -1",
-    ],
-)
-def test_an_option_that_makes_no_sense(refusal, options):
-    refusal(*options.split())
-    refusal("--num-samples", 2, *options.split())
+def test_unusable_checkpoints_and_prompts(say, ckpt, tmp_path, data):
+    folder, state = tmp_path / "a folder", torch.load(ckpt, weights_only=True)
+    folder.mkdir()
+    assert say("--ckpt", folder).endswith("Checkpoints in it: none")
+    torch.save({**state, "config": {**state["config"], "no_such_field": 1}}, folder / "key.pt")
+    torch.save({**state, "model_file": "gpt3.py"}, folder / "file.pt")
+    assert "key.pt does not fit gpt2.py: " in say("--ckpt", folder / "key.pt")
+    assert "file.pt does not fit gpt3.py: " in say("--ckpt", folder / "file.pt")
+    assert say("--ckpt", folder).endswith(f"'{folder}/file.pt', '{folder}/key.pt'")
+    (folder / "text.pt").write_bytes("naïve".encode("latin-1"))
+    assert "text.pt: " in say("--ckpt", folder / "text.pt")
+    assert "text.pt is not UTF-8" in say("--prompt-file", folder / "text.pt")
+    for name, error in (("text", ValueError), ("none", FileNotFoundError)):  # the same in a Python session
+        with pytest.raises(error, match=rf"{name}\.pt: "):
+            sample.load(folder / f"{name}.pt")
+    exhibit = f"--data {data} --expander sequence --block-size 64 --max-steps 1 --device cpu --n-embd 12 --n-head 2"
+    load("conv_attention").main([*exhibit.split(), "--out", str(folder / "exhibit")])
+    assert "cannot sample" in say("--ckpt", folder / "exhibit" / "ckpt.pt", "--prompt", "the")
