@@ -1,89 +1,68 @@
-"""prepare_data.py, by behaviour: the BPE trainer against a slow, obvious one; what the token files hold; what a reader
-sees when the input is bad. Every test runs in its own empty folder."""
+"""prepare_data.py: byte-pair encoding against a slow, obvious trainer; what the token files hold; downloads from a
+server that fails on purpose; errors in one line. Every test runs in its own empty folder."""
 
 import argparse
+import base64
 import encodings.cp1252
 import hashlib
+import importlib.util
 import json
 import os
-import pydoc_data.topics
 import random
+import re
+import signal
 import subprocess
 import sys
-import tracemalloc
+import threading
+import time
+import zipfile
 from collections import Counter
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
 import pytest
 import regex
 import tiktoken
-import tiktoken.load
 
 import prepare_data
 
-ROOT = Path(__file__).resolve().parent.parent
-SHARED_TEXT = ROOT.parent / "shared" / "text"
-GPT2_CACHE = ROOT.parent / "shared" / "tiktoken_cache"
-
+SHARED = Path(prepare_data.__file__).resolve().parent.parent / "shared"
+HAS_PYARROW = importlib.util.find_spec("pyarrow")
 PROSE = """It was the best of times, it was the worst of times, it was the age of wisdom, it was the age of
 foolishness, it was the epoch of belief, it was the epoch of incredulity, it was the season of Light, it was the
-season of Darkness, it was the spring of hope, it was the winter of despair, we had everything before us, we had
-nothing before us, we were all going direct to Heaven, we were all going direct the other way; in short, the
-period was so far like the present period, that some of its noisiest authorities insisted on its being received,
-for good or for evil, in the superlative degree of comparison only. They didn't know what we'll see in 1859.
+season of Darkness, it was the spring of hope, it was the winter of despair. They didn't know what we'll see in 1859.
 """
 UNICODE = (
     "naïve café Zoë, Ærøskøbing, Ελλάδα, Москва; 你好你好 漢字仮名交じり文 한국어 한국어 🙂🙂🙂 👩\u200d👧 👩\u200d👧 "
     "e\u0301e\u0301 n\u0303 a\u0300\u0301 \u00a0\u00a0NBSP\u00a0 \u3000wide\u3000\u3000 \u2028\u0085 \ufffe\uffff\x00\n"
 )
-TEXTS = {
-    "English prose": PROSE,
-    "code": Path(prepare_data.__file__).read_text(encoding="utf-8")[:8000],
-    "repeated characters": "aaaaaaa aaaaaaa aaaaa aaaa aaa aa bbbbbbbbbbb abababababa ababababab abaabaabaaba",
-    "unicode": UNICODE * 2,
-    "many ties": "zebra yacht xylem wagon vixen umbra table sugar river queen piano ocean night mango lemon koala",
-}
 
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
-    """Every test stands in an empty folder. load_tiktoken_bpe keeps what it read by path: not here."""
+    """Every test runs in an empty folder, reads text in small blocks, and does not wait between tries."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", "")
-    return tmp_path
-
-
-@pytest.fixture
-def gpt2_cache(monkeypatch):
-    if not GPT2_CACHE.is_dir():
-        pytest.skip(f"no {GPT2_CACHE}: GPT-2's ranks would have to be downloaded")
-    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(GPT2_CACHE))
-
-
-@pytest.fixture
-def small_blocks(monkeypatch):
-    """Files are read 64 bytes at a time, so that short texts come in many pieces."""
     monkeypatch.setattr(prepare_data, "BLOCK", 128)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(SHARED / "tiktoken_cache"))
 
 
-def run(*argv):
-    """Runs the script in this process, into the folder `out`."""
-    prepare_data.main([*map(str, argv), "--out", "out"])
+def run(*argv, out="out"):
+    prepare_data.main([*map(str, argv), "--out", out])
 
 
-def error(*argv):
-    """The one line the script ends with."""
+def error(*argv, out="out"):
+    """The one line with which the script ends."""
     with pytest.raises(SystemExit) as e:
-        run(*argv)
+        run(*argv, out=out)
     assert isinstance(e.value.code, str) and "\n" not in e.value.code
     return e.value.code
 
 
 def write(path, content):
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_bytes(content if isinstance(content, bytes) else content.encode())
     return path
 
 
@@ -92,239 +71,104 @@ def write_jsonl(path, texts):
 
 
 def contents(path="out"):
-    """name -> bytes of everything in a folder."""
-    return {p.name: p.read_bytes() for p in Path(path).iterdir()}
+    return {str(p.relative_to(path)): p.read_bytes() for p in Path(path).rglob("*") if p.is_file()}
 
 
 def read_meta():
     return json.loads(Path("out/meta.json").read_text(encoding="utf-8"))
 
 
-def read_ids(split):
-    return np.fromfile(f"out/{split}.bin", dtype="<u2")
-
-
 def read_tokenizer():
-    """The tiktoken.Encoding of the data set in out, put together without prepare_data's loader."""
-    meta, single_bytes = read_meta(), {bytes([b]): b for b in range(256)}
-    ranks = single_bytes if meta["tokenizer"] == "bytes" else tiktoken.load.load_tiktoken_bpe("out/tokenizer.tiktoken")
+    """The tokenizer of the data set in out, put together without prepare_data's loader."""
+    ranks = {bytes([b]): b for b in range(256)}
+    if read_meta()["tokenizer"] != "bytes":
+        lines = Path("out/tokenizer.tiktoken").read_text(encoding="utf-8").splitlines()
+        ranks = {base64.b64decode(token): int(rank) for token, rank in map(str.split, lines)}
     return tiktoken.Encoding("test", pat_str=prepare_data.SPLIT_PATTERN, mergeable_ranks=ranks, special_tokens={})
 
 
-def read_documents(split):
-    """The bytes of each document of a split: its ids cut at end of text, each decoded."""
-    ids, tokenizer = read_ids(split), read_tokenizer()
-    ends = np.flatnonzero(ids == read_meta()["eot"])
-    return [tokenizer.decode_bytes(part[part != read_meta()["eot"]].tolist()) for part in np.split(ids, ends)]
+def read_documents(split="train"):
+    """The documents of a split: its ids cut at end of text and decoded."""
+    ids, tokenizer, eot = np.fromfile(f"out/{split}.bin", "<u2"), read_tokenizer(), read_meta()["eot"]
+    parts = np.split(ids, np.flatnonzero(ids == eot))
+    return [tokenizer.decode_bytes(part[part != eot].tolist()).decode() for part in parts]
 
 
 # --- byte-pair encoding
 
 
-def count_pieces(text):
-    return Counter(regex.findall(prepare_data.SPLIT_PATTERN, text))
-
-
 def reference_bpe(words, vocab_size):
-    """Byte-pair encoding as one would explain it: count all pairs, merge the most frequent, start over.
-
-    Returns the tokens, and the tokens that each word has become."""
+    """Byte-pair encoding as one would explain it: count all pairs, merge the most frequent, start over. Returns the
+    tokens, and the tokens that each word has become."""
     tokens = [bytes([b]) for b in range(256)]
     parts = {word: [bytes([b]) for b in word.encode()] for word in words}
     while len(tokens) < vocab_size - 1:
         counts = Counter()
-        for word, count in words.items():
+        for word, n in words.items():
             for pair in zip(parts[word], parts[word][1:]):
-                counts[pair] += count
+                counts[pair] += n
         if not counts:
             break
         best = max(counts, key=lambda pair: (counts[pair], pair))  # ties: the greater pair of byte strings
         tokens.append(best[0] + best[1])
         for word, old in parts.items():
-            new = []
+            parts[word] = []
             for part in old:
-                if new and (new[-1], part) == best:
-                    new[-1] = best[0] + best[1]
-                else:
-                    new.append(part)
-            parts[word] = new
+                parts[word].append(part)
+                if tuple(parts[word][-2:]) == best:
+                    parts[word][-2:] = [tokens[-1]]
     return tokens, parts
 
 
-def bpe_tokenizer(text, vocab_size):
-    ranks = prepare_data.dump_ranks(prepare_data.train_bpe(count_pieces(text), vocab_size))
-    return prepare_data.load_tokenizer(f"bpe:{vocab_size}", ranks)
+@pytest.mark.parametrize("text", [PROSE, UNICODE * 2, "aaaaaaa aaaaa aaaa aaa bbbbbbbbb ababababa ababab abaabaabaaba"])
+def test_merges_equal_the_reference_in_any_order_and_tiktoken_encodes_alike(text):
+    words = Counter(regex.findall(prepare_data.SPLIT_PATTERN, text))
+    tokens, parts = reference_bpe(words, 400)
+    assert prepare_data.train_bpe(words, 400) == tokens
+    assert prepare_data.train_bpe(dict(random.Random(0).sample(list(words.items()), len(words))), 400) == tokens
+    ranks = "".join(f"{base64.b64encode(token).decode()} {i}\n" for i, token in enumerate(tokens))
+    tokenizer = prepare_data.load_tokenizer("bpe:400", ranks)
+    for word, expected in parts.items():
+        assert [tokenizer.decode_single_token_bytes(i) for i in tokenizer.encode_ordinary(word)] == expected
 
 
-def test_the_reference_makes_the_merges_worked_out_by_hand():
-    """aab x 2: aa and ab stand twice each, (a, b) > (a, a); then (a, ab) is all that is left."""
-    tokens, parts = reference_bpe({"aab": 2}, 300)
-    assert tokens[256:] == [b"ab", b"aab"]
-    assert parts == {"aab": [b"aab"]}
-
-
-@pytest.mark.parametrize("name", TEXTS)
-def test_merges_equal_the_slow_reference(name):
-    words = count_pieces(TEXTS[name])
-    assert prepare_data.train_bpe(words, 400) == reference_bpe(words, 400)[0]
-
-
-def test_merges_equal_the_slow_reference_on_random_words():
-    """Few letters and short words: overlaps, ties and pairs that come and go."""
+def test_merges_equal_the_reference_on_small_and_random_words():
+    """In aab (a, a) and (a, b) are equally frequent, and (a, b) is greater. Few letters and short words: overlaps, ties,
+    and pairs that appear and vanish."""
+    assert prepare_data.train_bpe({"aab": 2}, 1000)[256:] == [b"ab", b"aab"]
     rng = random.Random(0)
     for _ in range(300):
         letters = rng.choice(["a", "ab", "abc", "aé漢"])
         words = ["".join(rng.choices(letters, k=rng.randint(1, 12))) for _ in range(rng.randint(1, 8))]
-        words = {word: rng.randint(1, 4) for word in words}
-        vocab_size = rng.randint(257, 290)
+        words, vocab_size = {word: rng.randint(1, 4) for word in words}, rng.randint(257, 290)
         assert prepare_data.train_bpe(words, vocab_size) == reference_bpe(words, vocab_size)[0], words
 
 
-@pytest.mark.parametrize("name", TEXTS)
-def test_tiktoken_cuts_words_as_the_trainer_left_them(name):
-    """Ranks alone say how to encode: the order of the merges is all that tiktoken needs."""
-    words = count_pieces(TEXTS[name])
-    tokenizer = bpe_tokenizer(TEXTS[name], 330)
-    for word, parts in reference_bpe(words, 330)[1].items():
-        assert [tokenizer.decode_single_token_bytes(i) for i in tokenizer.encode_ordinary(word)] == parts
+@pytest.mark.parametrize("n, text, size", [(300, PROSE, 300), (257, PROSE, 257), (1000, "ab ab ab", 259)])
+def test_bpe_n_is_bytes_then_merges_then_end_of_text(n, text, size):
+    run(write("text.txt", text), "--tokenizer", f"bpe:{n}", "--val-fraction", 0)
+    assert [read_meta()[key] for key in ("vocab_size", "tokenizer", "eot")] == [size, f"bpe:{n}", size - 1]
+    assert (
+        read_tokenizer().decode_bytes(range(256)) == bytes(range(256)) and read_tokenizer().max_token_value == size - 2
+    )
 
 
-@pytest.mark.parametrize("name", TEXTS)
-def test_the_order_of_the_words_does_not_matter(name):
-    words = list(count_pieces(TEXTS[name]).items())
-    first = prepare_data.train_bpe(dict(words), 400)
-    for seed in range(5):
-        random.Random(seed).shuffle(words)
-        assert prepare_data.train_bpe(dict(words), 400) == first
-
-
-@pytest.mark.parametrize("word, merges", [("a", []), ("ab", [b"ab"]), ("aaaa", [b"aa", b"aaaa"])])
-def test_running_out_of_pairs_gives_fewer_tokens(word, merges):
-    assert prepare_data.train_bpe({word: 3}, 1000)[256:] == merges
-
-
-def test_bpe_n_has_n_ids_bytes_first_and_end_of_text_last():
-    run(write("prose.txt", PROSE), "--tokenizer", "bpe:300")
-    meta = read_meta()
-    assert (meta["vocab_size"], meta["tokenizer"], meta["eot"]) == (300, "bpe:300", 299)
-    ranks = tiktoken.load.load_tiktoken_bpe("out/tokenizer.tiktoken")
-    assert sorted(ranks.values()) == list(range(299))
-    assert all(ranks[bytes([b])] == b for b in range(256))
-
-
-def test_bpe_257_is_bytes_and_end_of_text():
-    run(write("prose.txt", PROSE), "--tokenizer", "bpe:257", "--val-fraction", 0)
-    assert (read_meta()["vocab_size"], read_meta()["eot"]) == (257, 256)
-    assert bytes(read_ids("train").tolist()) == PROSE.encode()
-
-
-def test_vocab_size_says_how_many_ids_there_are_when_the_text_runs_out_of_pairs():
-    run(write("tiny.txt", "ab ab ab"), "--tokenizer", "bpe:1000", "--val-fraction", 0)
-    assert (read_meta()["vocab_size"], read_meta()["eot"]) == (259, 258)  # 256 bytes, "ab", " ab", end of text
-    assert Path("out/tokenizer.tiktoken").read_text(encoding="utf-8").splitlines()[256:] == ["YWI= 256", "IGFi 257"]
-
-
-def test_the_trainer_sees_the_training_split_only():
-    run(write("two.txt", "abab " * 80 + "zqzq " * 20), "--tokenizer", "bpe:300", "--val-fraction", 0.2)
-    ranks = tiktoken.load.load_tiktoken_bpe("out/tokenizer.tiktoken")
-    assert b"abab" in ranks and not any(b"zq" in token for token in ranks)
-
-
-def random_bytes(rng):
-    kind = rng.choice(["any", "high", "fragments"])
-    if kind == "fragments":  # half characters, surrogates, overlong forms, what lies past the last character
-        parts = [b"\xe6\xbc", b"\xf0\x9f", b"\xed\xa0\x80", b"\xed\xb0\x80", b"\xc0\x80", b"\xf4\x90\x80\x80", b"\xff"]
-        return b"".join(rng.choices([*parts, b" ", b"  \n", b"the", "é漢🙂".encode()], k=rng.randint(0, 20)))
-    return bytes(rng.choices(range(256) if kind == "any" else range(128, 256), k=rng.randint(0, 40)))
-
-
-@pytest.mark.parametrize("name", ["bpe:400", "bytes"])
-def test_encode_then_decode_gives_back_any_bytes(name):
-    tokenizer = bpe_tokenizer(PROSE + UNICODE, 400) if name == "bpe:400" else prepare_data.load_tokenizer(name)
-    rng = random.Random(0)
-    for _ in range(500):
-        data = random_bytes(rng)
-        ids = tokenizer._encode_bytes(data)
-        assert tokenizer.decode_bytes(ids) == data
-        assert max(ids, default=0) < tokenizer.eot_token
-
-
-@pytest.mark.parametrize("name", ["bpe:400", "bytes"])
-def test_encode_then_decode_gives_back_any_text(name):
-    r"""Written-out surrogates (\ud800), non-characters, NUL, and the name of end of text, which is text here."""
-    text = PROSE + UNICODE + r"\ud800 \udfff \ud83d\ude00 <|endoftext|> " + "\ud7ff\ue000\U0010ffff"
-    run(write("odd.txt", text), "--tokenizer", name, "--val-fraction", 0)
-    assert read_documents("train") == [text.encode()]
-
-
-def test_a_million_spaces_are_encoded():
-    """tiktoken's pattern has a limit on how far it looks ahead. Ours must not end in a stack trace there."""
-    text = "a" + 1_500_000 * " " + "b"
-    run(write("spaces.txt", text), "--tokenizer", "bytes", "--val-fraction", 0)
-    assert bytes(read_ids("train").tolist()) == text.encode()
+def test_the_trainer_reads_the_start_of_the_training_split_and_of_long_words(monkeypatch):
+    monkeypatch.setattr(prepare_data, "BPE_BYTES", 300)
+    run(write("two.txt", "abab " * 80 + "zqzq " * 40 + "xjxj " * 40), "--tokenizer", "bpe:300", "--val-fraction", 0.25)
+    tokens = read_tokenizer().token_byte_values()
+    assert b"abab" in tokens and not any(len(token) > 1 and set(token) & set(b"zqxj") for token in tokens)
+    monkeypatch.setattr(prepare_data, "LONG_WORD", 4)
+    assert prepare_data.count_words(iter(["abcdabcd xy", "ab"])) == {"abcd": 1, " xy": 1, "ab": 1}
 
 
 # --- token files
 
 
 def test_token_files_are_raw_little_endian_uint16_joined_by_end_of_text():
-    run(write_jsonl("three.jsonl", ["ab", "c", "ab"]), "--tokenizer", "bpe:258", "--val-fraction", 0)
+    run(write_jsonl("three.jsonl", ["ab", "c", "", "ab"]), "--tokenizer", "bpe:258", "--val-fraction", 0)
     ids = [256, 257, ord("c"), 257, 256]  # 256 is "ab", 257 end of text: between documents, not before or after them
     assert Path("out/train.bin").read_bytes() == b"".join(i.to_bytes(2, "little") for i in ids)
-
-
-def test_documents_come_back_whole_and_in_order(small_blocks):
-    texts = [PROSE, "x", UNICODE, "<|endoftext|>", "  ", "\n", "{}", PROSE[::-1]]
-    for i, text in enumerate(texts):
-        write(f"folder/{'abc'[i % 3]}/{i}.txt", text)
-    run("folder", "--tokenizer", "bpe:300", "--val-fraction", 0)
-    paths = sorted(p for p in Path("folder").rglob("*.txt"))
-    assert read_documents("train") == [p.read_bytes() for p in paths]
-
-
-@pytest.mark.parametrize("text", ["one\r\ntwo\r\n\r\nthree\r\n", "aé漢🙂 e\u0301\n\u00a0" * 2], ids=["CRLF", "UTF-8"])
-def test_one_file_is_cut_by_position_and_nothing_is_lost(text, small_blocks):
-    """Wherever the cut falls: both sides are UTF-8, and together they are the file."""
-    data = text.encode()
-    path = write("one.txt", data)
-    for at in range(1, len(data)):
-        run(path, "--tokenizer", "bpe:260", "--val-fraction", 1 - at / len(data))
-        train, val = (b"".join(read_documents(s)) if s in read_meta()["splits"] else b"" for s in ("train", "val"))
-        assert train + val == data
-        assert at <= len(train) <= at + 3  # the cut moves on to the start of a character
-        train.decode(), val.decode()
-
-
-def test_meta_counts_what_is_in_the_files(small_blocks):
-    texts = [PROSE, "one two\u00a0three\n four", UNICODE, ""]
-    run(write_jsonl("four.jsonl", texts), "--tokenizer", "bpe:300", "--val-fraction", 0)
-    data, tokenizer = Path("out/train.bin").read_bytes(), read_tokenizer()
-    assert read_meta()["splits"] == {
-        "train": {
-            "tokens": sum(len(tokenizer.encode_ordinary(text)) for text in texts) + 2,
-            "bytes": sum(len(text.encode()) for text in texts),
-            "words": sum(len(text.split()) for text in texts),
-            "documents": 3,  # an empty text is none
-            "sha256": hashlib.sha256(data).hexdigest(),
-        }
-    }
-    assert len(data) == 2 * read_meta()["splits"]["train"]["tokens"]
-
-
-def test_meta_counts_both_sides_of_a_cut_file(small_blocks):
-    run(write("prose.txt", PROSE), "--tokenizer", "bpe:300", "--val-fraction", 0.3)
-    splits = read_meta()["splits"]
-    assert list(splits) == ["train", "val"]
-    for split, counts in splits.items():
-        (text,) = read_documents(split)
-        data = Path(f"out/{split}.bin").read_bytes()
-        assert counts == {
-            "tokens": len(data) // 2,
-            "bytes": len(text),
-            "words": len(text.decode().split()),
-            "documents": 1,
-            "sha256": hashlib.sha256(data).hexdigest(),
-        }
 
 
 def odd_text(seed):
@@ -334,364 +178,396 @@ def odd_text(seed):
     return "".join(random.Random(seed).choices(space + words, k=1500))
 
 
-PIECES = {
-    "odd": odd_text(0),
-    "odder": odd_text(1),
-    "unicode": UNICODE * 10,
-    "white space": " \n" * 400 + "a",
-    "one word": "a" * 900,
-    "separators": "!\x1c?\x1d" * 200,  # white space to Python's str and re, not to tiktoken
-}
+SEPARATORS = "!\x1c?\x1d" * 200  # white space to Python's str and re, not to tiktoken
+RESERVED = PROSE + UNICODE + r"\ud800 \udfff <|endoftext|> " + "\ud7ff\ue000\U0010ffff"  # all of it is plain text
 
 
-@pytest.mark.parametrize("text", PIECES.values(), ids=PIECES)
-def test_encoding_in_pieces_gives_the_ids_of_the_whole(text, small_blocks):
-    run(write("odd.txt", text), "--tokenizer", "bpe:400", "--val-fraction", 0)
-    assert read_ids("train").tolist() == read_tokenizer().encode_ordinary(text)
+@pytest.mark.parametrize("text", [odd_text(0), " \n" * 400 + "a", "a" * 900, SEPARATORS, RESERVED])
+def test_encoding_in_pieces_gives_the_ids_of_the_whole_and_decodes_to_it(text):
+    for path in (write("odd.txt", text), write_jsonl("odd.jsonl", [text])):
+        run(path, "--tokenizer", "bpe:400", "--val-fraction", 0, "--force")
+        assert np.fromfile("out/train.bin", "<u2").tolist() == read_tokenizer().encode_ordinary(text)
+        run(path, "--tokenizer", "bytes", "--val-fraction", 0, "--force")
+        assert read_documents() == [text]
 
 
-@pytest.mark.parametrize("name", ["shakespeare.txt", "wikitext2_test.txt", "wikitext2_valid.txt"])
-def test_encoding_a_large_file_in_pieces_gives_the_ids_of_the_whole(name, monkeypatch):
-    if not (SHARED_TEXT / name).is_file():
-        pytest.skip(f"no {SHARED_TEXT / name}")
-    monkeypatch.setattr(prepare_data, "BLOCK", 625)
-    run(SHARED_TEXT / name, "--tokenizer", "bpe:500", "--val-fraction", 0)
-    text = (SHARED_TEXT / name).read_bytes().decode()
-    assert read_ids("train").tolist() == read_tokenizer().encode_ordinary(text)
+def test_a_word_without_end_is_cut_anywhere():
+    """tiktoken overflows its stack on a word of a million characters."""
+    pieces = list(prepare_data.cut("ab " + "x" * 5000))
+    assert "".join(pieces) == "ab " + "x" * 5000 and max(map(len, pieces)) <= 9 * 128
 
 
-def test_text_streams_through_memory(monkeypatch):
-    """1.6 MB of text in blocks of 4 kB: at no time is a third of it in memory."""
-    monkeypatch.setattr(prepare_data, "BLOCK", 256)
-    path = write("large.txt", PROSE * 2500)
-    tracemalloc.start()
-    try:
-        run(path, "--tokenizer", "bytes")
-        assert tracemalloc.get_traced_memory()[1] < path.stat().st_size / 3
-    finally:
-        tracemalloc.stop()
+@pytest.mark.skipif(not SHARED.is_dir(), reason=f"no {SHARED}")
+def test_gpt2_ids_are_those_of_tiktoken():
+    run(path := SHARED / "text" / "shakespeare.txt", "--tokenizer", "gpt2")
+    assert sorted(contents()) == ["meta.json", "train.bin", "val.bin"] and read_meta()["eot"] == 50256
+    gpt2, text = tiktoken.get_encoding("gpt2"), path.read_text(encoding="utf-8")
+    for split, part in (("train", text[: round(len(text) * 0.9)]), ("val", text[round(len(text) * 0.9) :])):
+        assert np.fromfile(f"out/{split}.bin", "<u2").tolist() == gpt2.encode_ordinary(part)
+    ranks, pattern = gpt2._mergeable_ranks, prepare_data.SPLIT_PATTERN
+    ours = tiktoken.Encoding("ours", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+    assert ours.encode_ordinary(odd_text(2) + UNICODE) == gpt2.encode_ordinary(odd_text(2) + UNICODE)
 
 
-def test_the_folder_is_named_after_the_source():
-    prepare_data.main([str(write("texts/notes.txt", PROSE)), "--tokenizer", "bytes"])
-    prepare_data.main(["texts/", "--tokenizer", "bytes"])
-    assert sorted(p.name for p in Path("data").iterdir()) == ["notes", "texts"]
+def test_meta_json_counts_what_is_in_the_files():
+    texts = [PROSE * 3, "one two\u00a0three\n four", UNICODE, ""]
+    run(write_jsonl("four.jsonl", texts), "--tokenizer", "bpe:300", "--val-fraction", 0.3)
+    for split, counts in read_meta()["splits"].items():
+        documents, data = read_documents(split), Path(f"out/{split}.bin").read_bytes()
+        assert counts == {
+            "tokens": sum(len(read_tokenizer().encode_ordinary(text)) for text in documents) + len(documents) - 1,
+            "bytes": sum(len(text.encode()) for text in documents),
+            "words": sum(len(text.split()) for text in documents),
+            "documents": len(documents),
+            "sha256": hashlib.sha256(data).hexdigest(),
+        }
+        assert len(data) == 2 * counts["tokens"]
+    assert "".join(read_documents() + read_documents("val")) == "".join(texts)
 
 
-def test_the_folder_we_stand_in_has_a_name_too(monkeypatch):
-    write("texts/notes.txt", PROSE)
-    monkeypatch.chdir("texts")
-    prepare_data.main([".", "--tokenizer", "bytes"])
-    assert [p.name for p in Path("data").iterdir()] == ["texts"]
+# --- readers
+
+ROWS = [{"instruction": f"{i} + 1", "output": f"é{i + 1}\n", "text": UNICODE[i:]} for i in range(30)]
 
 
-def test_a_folder_that_is_called_like_a_file_is_walked():
-    write("texts/chapters.txt/one.txt", "one")
-    write("texts/two.txt", "two")
-    run("texts", "--tokenizer", "bytes", "--val-fraction", 0)
-    assert read_documents("train") == [b"one", b"two"]
+def write_rows(path):
+    """ROWS in the format that the name says."""
+    if path.endswith(".parquet"):
+        pa = pytest.importorskip("pyarrow")
+        pytest.importorskip("pyarrow.parquet").write_table(pa.Table.from_pylist(ROWS), path, row_group_size=7)
+        return path
+    indent = 1 if "indented" in path else None
+    return write(path, json.dumps(ROWS, indent=indent) if "array" in path else "\n\n".join(map(json.dumps, ROWS)))
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "lines.json", "array.json", "indented array.json", "a.parquet"])
+def test_rows_of_json_and_parquet_are_documents(name):
+    for fields in (["text"], ["instruction", "output"]):
+        run(write_rows(name), "--field", ",".join(fields), "--tokenizer", "bytes", "--val-fraction", 0)
+        assert read_documents() == ["\n\n".join(row[field] for field in fields) for row in ROWS]
+    assert "KeyError: 'nothing'" in error(name, "--field", "nothing", "--tokenizer", "bytes")
+
+
+def test_downloaded_data_sets_are_read_as_documents():
+    for i in range(6):
+        write(f"data/downloads/maths-college/{i}-Final.json", Path(write_rows("array.json")).read_bytes())
+    run("maths-college", "--tokenizer", "bytes", "--val-fraction", 0, "--shards", 5)
+    assert read_documents() == [f"{row['instruction']}\n\n{row['output']}" for row in ROWS] * 5
+    stories = [PROSE.strip(), "Once upon a time.\n\nThe end.", UNICODE.strip(), "x", "A cat.\nA <|endof a hat."]
+    write("data/downloads/tinystories/train.txt", "\n<|endoftext|>\n".join(stories))
+    write("data/downloads/tinystories/valid.txt", "\n<|endoftext|>\n".join([*stories[::-1], " ", ""]))
+    run("tinystories", "--tokenizer", "bytes", "--force")
+    assert read_documents() == stories and read_documents("val") == stories[::-1]
+    articles = [" \n = First Title = \n \n With = signs = . \n \n = = Section = = \n \n", " = Second , Title = \n . \n"]
+    Path("data/downloads/wikitext2").mkdir(parents=True)
+    with zipfile.ZipFile("data/downloads/wikitext2/wikitext-2-raw-v1.zip", "w") as archive:
+        for name, text in (("train", "".join(articles)), ("valid", articles[1]), ("test", articles[0])):
+            archive.writestr(f"wikitext-2-raw/wiki.{name}.raw", text)
+    run("wikitext2", "--tokenizer", "bytes", "--force")
+    assert [read_documents(split) for split in ("train", "val", "test")] == [articles, articles[1:], articles[:1]]
+
+
+def test_a_folder_is_read_in_order_and_identical_files_count_once(monkeypatch):
+    texts = [PROSE, "x", UNICODE, "<|endoftext|>", "  ", "x", "{}", PROSE[::-1], "x"]
+    for i, text in enumerate(texts):
+        write(f"folder/{'abc'[i % 3]}/{i}.txt", text)
+    write("folder/chapters.txt/one.txt", "in a folder that is called like a file")
+    write("folder/a/image.png", b"\x89PNG")
+    monkeypatch.chdir("folder")
+    prepare_data.main([".", "--tokenizer", "bpe:300", "--val-fraction", "0"])
+    Path("data/folder").rename("../out")  # named after the source
+    monkeypatch.chdir("..")
+    paths = (path for path in sorted(Path("folder").rglob("*.txt")) if path.is_file())
+    documents = {path.read_text(encoding="utf-8"): None for path in paths}
+    assert read_documents() == list(documents) and len(documents) == len(texts) - 1
+
+
+@pytest.mark.parametrize("name", ["stdlib", "python"])
+def test_python_sources_without_tests_and_tables(name):
+    files = prepare_data.find_files(argparse.Namespace(name=name))
+    left_out = [encodings.cp1252.__file__, *Path(argparse.__file__).parent.glob("test/test_a*.py")]
+    assert Path(argparse.__file__) in files and not set(map(Path, left_out)) & set(files)
+    assert len(files) == len({path.read_bytes() for path in files})
+    parts = {part for path in files for part in path.parts}
+    assert ({"torch", "numpy", "tiktoken", "sympy", "urllib3"} <= parts) == (name == "python")
+    assert not parts & {"pytest", "transformers", "tests", "test"}
 
 
 # --- train and val
 
-DOCUMENTS = [f"Document {i}. {PROSE[i : i + 40]}" for i in range(400)]
+
+def splits_of(path):
+    run(path, "--tokenizer", "bytes", "--val-fraction", 0.25, "--force")
+    return [set(read_documents(split)) for split in ("train", "val")]
 
 
-def splits_of(texts):
-    run(write_jsonl("documents.jsonl", texts), "--tokenizer", "bytes", "--val-fraction", 0.25)
-    return {split: set(read_documents(split)) for split in ("train", "val")}
-
-
-def test_a_document_lands_in_the_same_split_from_a_folder_or_a_jsonl():
-    from_jsonl = splits_of(DOCUMENTS)
-    for i, text in enumerate(DOCUMENTS):
+def test_documents_are_split_by_a_hash_of_their_text():
+    """The same from a folder or a .jsonl, and documents that are added move none."""
+    texts = [f"Document {i}. {PROSE[i : i + 40]}" for i in range(200)]
+    train, val = splits_of(write_jsonl("documents.jsonl", texts))
+    assert val == {text for text in texts if hashlib.sha256(text.encode()).digest()[0] < 64} and train == {*texts} - val
+    for i, text in enumerate(texts):
         write(f"folder/{i}.txt", text)
-    run("folder", "--tokenizer", "bytes", "--val-fraction", 0.25)
-    assert {split: set(read_documents(split)) for split in ("train", "val")} == from_jsonl
+    assert splits_of("folder") == [train, val]
+    before = splits_of(write_jsonl("documents.jsonl", texts[100:]))
+    assert before[0] < train and before[1] < val
 
 
-def test_adding_documents_moves_none():
-    before = splits_of(DOCUMENTS[:200])
-    after = splits_of(DOCUMENTS[::-1])
-    assert before["train"] < after["train"] and before["val"] < after["val"]
+@pytest.mark.parametrize("n", [1, 3, 19])
+def test_few_documents_are_split_by_position(n):
+    """Wherever the boundary falls, train and val together are the text, and at most one document is in both."""
+    texts = [f"{i:02} aé漢🙂\r\n e\u0301 {PROSE[i : 2 * i]}" for i in range(n)]
+    for i, text in enumerate(texts):
+        write(f"folder/{i:02}.txt", text)
+    for val_fraction in (0.3, 0.5, 0.7):
+        for path in ("folder", write_jsonl("few.jsonl", texts)):
+            run(path, "--tokenizer", "bpe:260", "--val-fraction", val_fraction, "--force")
+            train, val = read_documents(), read_documents("val")
+            boundary = round(len("".join(texts)) * (1 - val_fraction))
+            assert ("".join(train), "".join(val)) == ("".join(texts)[:boundary], "".join(texts)[boundary:])
+            assert n <= len(train) + len(val) <= n + 1
+    run(path, "--tokenizer", "bytes", "--val-fraction", 0, "--force")
+    assert sorted(contents()) == ["meta.json", "train.bin"] and read_documents() == texts
 
 
-def test_val_fraction_of_the_documents_is_validation():
-    """Of 400 documents 100 are expected; 5 standard deviations are 43."""
-    splits = splits_of(DOCUMENTS)
-    assert 57 < len(splits["val"]) < 143
-    assert len(splits["val"]) + len(splits["train"]) == 400
-    assert not splits["val"] & splits["train"]
+# --- errors
+
+BAD_LINES = [b"plain", b'{"text": "a"', b"[1]", b'"text"', b"null", b'{"other": 1}', b'{"text": 5}']
+BAD_FILES = {
+    "good.txt": PROSE,
+    "image.png": b"\x89PNG",
+    "folder/1.txt": PROSE,
+    "folder/2.txt": b"abc" * 100 + b"\xff",
+    "half.txt": b"abc\xe6\xbc",
+    "empty.txt": "",
+    "short.txt": "a",
+    "array.json": '[{"text": "a"}, ',
+    "bad.parquet": "PAR1",
+    "data/downloads/wikitext2/wikitext-2-raw-v1.zip": "<html>",
+    **{f"{i}.jsonl": b'{"text": "good"}\n' * 40 + bad + b'\n{"text": "good"}\n' for i, bad in enumerate(BAD_LINES)},
+}
+BAD_RUNS = [
+    ("nope", "nope: not a file"),
+    ("data", "data: not a file"),  # a folder without texts
+    ("image.png", "image.png: byte 0 is not UTF-8"),
+    ("folder", f"{Path('folder/2.txt')}: byte 300 is not UTF-8"),
+    ("half.txt", "half.txt: byte 3 is not UTF-8"),
+    ("empty.txt", "empty.txt: no text for train.bin"),
+    ("short.txt", "short.txt: no text for val.bin"),
+    ("array.json", "array.json: object 1: "),
+    ("bad.parquet", "bad.parquet: object 1: " if HAS_PYARROW else "pip install pyarrow"),
+    ("wikitext2", "not a zip file"),
+    *((f"{i}.jsonl", f"{i}.jsonl: object 41: ") for i in range(len(BAD_LINES))),
+    *((f"good.txt --tokenizer {name}", "257") for name in ("bpe:256", "bpe:65537", "bpe:abc", "bpe:")),
+    ("good.txt --tokenizer o200k_base", "more than 65,536 ids"),
+    *((f"good.txt --val-fraction {x}", x) for x in ("1", "-0.1", "nan", "tenth")),
+]
 
 
-@pytest.mark.parametrize("source", ["one.txt", "documents.jsonl"])
-def test_val_fraction_0_writes_train_alone_and_removes_an_older_val(source):
-    write("one.txt", PROSE)
-    write_jsonl("documents.jsonl", DOCUMENTS)
-    run(source, "--tokenizer", "bpe:260", "--val-fraction", 0.5)
-    assert sorted(contents()) == ["meta.json", "tokenizer.tiktoken", "train.bin", "val.bin"]
-    run(source, "--tokenizer", "bytes", "--val-fraction", 0)
-    assert sorted(contents()) == ["meta.json", "train.bin"]
-    assert list(read_meta()["splits"]) == ["train"]
+@pytest.mark.parametrize("argv, message", BAD_RUNS)
+def test_a_failing_run_is_one_line_and_leaves_the_older_data_set_or_no_folder(argv, message):
+    for path, content in BAD_FILES.items():
+        write(path, content)
+    argv = ["--tokenizer", "bpe:300", *argv.split()]
+    assert message in error(*argv, out="new/folder") and not Path("new").exists()
+    run("good.txt", "--tokenizer", "bpe:290")
+    before = contents()
+    assert message in error(*argv, "--force") and contents() == before
 
 
-def test_field_names_the_text_of_a_jsonl_line():
-    write("maths.jsonl", '{"instruction": "ask", "output": "1 + 1"}\n\n{"output": "\\u00e9", "text": 5}')
-    run("maths.jsonl", "--field", "output", "--tokenizer", "bytes", "--val-fraction", 0)
-    assert read_documents("train") == [b"1 + 1", "é".encode()]
+def test_lone_surrogates_of_json_become_the_replacement_character():
+    r"""\ud83d\ude00 is one character; \ude00\ud83d, the wrong way round, is none."""
+    write("lone.jsonl", r'{"text": "\ud83d\ude00 \ud800a \ude00\ud83d"}')
+    run("lone.jsonl", "--tokenizer", "bytes", "--val-fraction", 0)
+    assert read_documents() == ["😀 \ufffda \ufffd\ufffd"]
 
 
-# --- bad input
+# --- older data sets, checks and interruptions
 
 
-@pytest.mark.parametrize(
-    "line, message",
-    [
-        (b'{"text": "a"', "JSON"),
-        (b"plain text", "JSON"),
-        (b"[1, 2]", "JSON object"),
-        (b'"text"', "JSON object"),
-        (b"null", "JSON object"),
-        (b"[" * 100_000, "JSON"),
-        (b'{"other": "a"}', "no field 'text'"),
-        (b'{"text": 5}', "not a string"),
-        (b'{"text": null}', "not a string"),
-        (b'{"text": "\\ud800"}', "--errors replace"),
-        (b'{"text": "\xff"}', "--errors replace"),
-    ],
-    ids=lambda value: value[:16] if isinstance(value, bytes) else None,
-)
-def test_a_bad_jsonl_line_is_named_by_file_and_number(line, message):
-    write("bad.jsonl", b'{"text": "good"}\n\n' + line + b'\n{"text": "good"}\n')
-    said = error("bad.jsonl", "--tokenizer", "bytes")
-    assert said.startswith("bad.jsonl:3: ") and message in said
+def test_a_data_set_of_another_tokenizer_or_source_is_overwritten_with_force_alone():
+    run(write("notes.txt", PROSE), "--tokenizer", "bpe:300")
+    before = contents()
+    run(write("./other/../notes.txt", PROSE), "--tokenizer", "bpe:300")  # the same source
+    for argv in (["notes.txt", "--tokenizer", "bytes"], [write("other/notes.txt", PROSE), "--tokenizer", "bpe:300"]):
+        assert re.search("out was made from .*bpe:300.*--out.*--force", error(*argv)) and contents() == before
+        run(*argv, "--force")
+        assert contents() != before
+        run("notes.txt", "--tokenizer", "bpe:300", "--force")
 
 
-@pytest.mark.parametrize("bad", [b"\xff", b"\xe9 ", b"\xe6\xbc", b"\xed\xa0\x80"])
-@pytest.mark.parametrize("at", [0, 63, 64, 1200, 5000])
-def test_a_text_that_is_not_utf8_is_named_with_the_byte(at, bad, small_blocks):
-    good = ("aé漢 " * 1000).encode()
-    at -= next(n for n in range(4) if 0xC0 <= good[at - n] or good[at - n] < 0x80)  # not inside a character
-    write("folder/good.txt", good)
-    write("folder/late/latin.txt", good[:at] + bad + good[at:])
-    said = error("folder", "--tokenizer", "bytes", "--val-fraction", 0)
-    assert said.startswith(f"{Path('folder/late/latin.txt')}: byte {at:,} is not UTF-8") and "--errors replace" in said
-    assert error("folder/late/latin.txt", "--tokenizer", "bytes") == said
+def test_check_finds_each_kind_of_damage_and_its_hint_repairs_it():
+    run(write("my notes.txt", PROSE * 3), "--tokenizer", "bpe:300")
+    before, meta = contents(), read_meta()
+    prepare_data.main(["--check", "out"])
+    flipped = bytes([*before["val.bin"][:5], before["val.bin"][5] ^ 1, *before["val.bin"][6:]])
+    high = before["train.bin"] + (300).to_bytes(2, "little")
+    meta["splits"]["train"] |= {"tokens": len(high) // 2, "sha256": hashlib.sha256(high).hexdigest()}
+    damages = {
+        "val.bin: changed": {"val.bin": flipped},
+        "train.bin: changed": {"train.bin": before["train.bin"][:-2]},
+        "id 300 is beyond the vocabulary of 300": {"train.bin": high, "meta.json": json.dumps(meta)},
+        "not the vocabulary of 300": {"tokenizer.tiktoken": before["tokenizer.tiktoken"].rpartition(b"\nIH")[0]},
+    }
+    for message, files in damages.items():
+        for name, content in files.items():
+            write(f"out/{name}", content)
+        said = error("--check")
+        assert message in said
+        command = said.partition("again: python ")[2].replace("prepare_data.py", prepare_data.__file__, 1)
+        subprocess.run(f"{sys.executable} {command}", shell=True, check=True)
+        assert contents() == before
+    write("out/meta.json", '{"splits": ')
+    assert "meta.json: damaged" in error("--check") and "meta.json: damaged" in error("my notes.txt")
 
 
-BROKEN = b"ok \xff\xfe bad \xe6\xbc cut \xf0\x9f\x98 and \xed\xa0\x80 \x80\x80 \xef\xbf\xbd is U+FFFD itself\n"
-N_BROKEN = 2 + 1 + 1 + 3 + 2
+def test_ten_kills_leave_the_older_data_set_whole_and_the_next_run_removes_the_rest():
+    run(write("prose.txt", PROSE * 4000), "--tokenizer", "bytes")
+    before, partial = contents(), Path("out/prepare_data.partial")
+    command = [sys.executable, prepare_data.__file__, "prose.txt", "--out", "out", "--force", "--tokenizer", "bpe:270"]
+    for _ in range(10):
+        process = subprocess.Popen(command)
+        while not (partial / "train.bin").exists() and process.poll() is None:
+            pass
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+        assert {name: data for name, data in contents().items() if partial.name not in name} == before
+    write(partial / "test.bin", "of another source")
+    run("prose.txt", "--tokenizer", "bytes")
+    assert contents() == before
 
 
-@pytest.mark.parametrize("tokenizer", ["bytes", "bpe:300"])
-def test_replacements_in_one_file_are_counted(tokenizer, small_blocks, capsys):
-    path = write("broken.txt", BROKEN * 20 + b"\xe6")
-    for val_fraction in (0, 0.1, 0.35, 0.7):
-        run(path, "--tokenizer", tokenizer, "--errors", "replace", "--val-fraction", val_fraction)
-        assert f" {20 * N_BROKEN + 1} invalid sequences became U+FFFD" in capsys.readouterr().out
-        texts = [text for split in read_meta()["splits"] for text in read_documents(split)]
-        assert b"".join(texts).decode() == path.read_bytes().decode("utf-8", "replace")
+def test_files_are_on_the_disk_before_they_take_their_names(monkeypatch):
+    run(write("prose.txt", PROSE), "--tokenizer", "bpe:300")
+    sizes, moved, fsync, replace = {}, [], os.fsync, os.replace
+
+    def note_fsync(fd):
+        sizes[os.fstat(fd).st_ino] = os.fstat(fd).st_size
+        fsync(fd)
+
+    def note_replace(source, target):
+        assert sizes[os.stat(source).st_ino] == os.stat(source).st_size and not Path("out/meta.json").exists()
+        moved.append(Path(target).name)
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", note_fsync)
+    monkeypatch.setattr(os, "replace", note_replace)
+    run("prose.txt", "--tokenizer", "bpe:300")
+    assert sorted(moved) == sorted(contents()) and moved[-1] == "meta.json"
 
 
-@pytest.mark.parametrize("tokenizer", ["bytes", "bpe:300"])
-def test_replacements_in_a_folder_are_counted_once(tokenizer, small_blocks, capsys):
-    """The files are read several times: for the split, for the trainer, for encoding."""
-    for i in range(3):
-        write(f"folder/{i}.txt", BROKEN * (i + 1))
-    write_jsonl("folder/good.jsonl", ["good"])
-    run("folder", "--tokenizer", tokenizer, "--errors", "replace", "--val-fraction", 0)
-    assert f" {6 * N_BROKEN} invalid sequences became U+FFFD" in capsys.readouterr().out
-    assert read_documents("train")[:3] == [(BROKEN * n).decode("utf-8", "replace").encode() for n in (1, 2, 3)]
+# --- downloads
+
+# Every line differs, so that bytes put together from two places do not go unseen.
+BODY = "".join(f"line {i} of the file, {i * i}\n" for i in range(10_000)).encode()  # 300 kB
 
 
-@pytest.mark.parametrize("tokenizer", ["bytes", "bpe:300"])
-def test_lone_surrogates_of_a_jsonl_are_replaced_and_counted(tokenizer, capsys):
-    r"""A pair, \ud83d\ude00, is one good character; \ude00\ud83d, the wrong way round, is two bad ones."""
-    text = r'{"text": "\ud83d\ude00 \ud800a \ude00\ud83d"}' + "\n"
-    write("lone.jsonl", text.encode() + b'{"text": "\xff"}')
-    run("lone.jsonl", "--tokenizer", tokenizer, "--errors", "replace", "--val-fraction", 0)
-    assert read_documents("train") == ["😀 \ufffda \ufffd\ufffd".encode(), "\ufffd".encode()]
-    assert " 4 invalid sequences became U+FFFD" in capsys.readouterr().out
+def page(body=BODY, code=200, send=None, claim=0, ranges=True, headers=()):
+    """An answer: a file, or the part that is asked for; `send` bytes of it; `claim` is added to its true length."""
+
+    def answer(handler):
+        asked = re.fullmatch(r"bytes=(\d+)-", handler.headers.get("Range", "")) if ranges else None
+        start, size = int(asked[1]) if asked else 0, len(body) + claim
+        beyond = asked and start >= size
+        handler.send_response(code if code != 200 else 416 if beyond else 206 if asked else 200)
+        if asked:
+            handler.send_header("Content-Range", f"bytes {'*' if beyond else f'{start}-{size - 1}'}/{size}")
+        handler.send_header("Content-Length", 0 if beyond else size - start)
+        for name, value in headers:
+            handler.send_header(name, value)
+        handler.end_headers()
+        handler.wfile.write(body[start:][:send])
+
+    return answer
 
 
-def test_good_text_has_no_replacements_to_report(capsys):
-    run(write("good.txt", UNICODE + "\ufffd"), "--tokenizer", "bytes", "--errors", "replace")
-    assert "U+FFFD" not in capsys.readouterr().out
+@pytest.fixture
+def site():
+    """A web server. answers: what it gives one after the other, the last one for ever; asked: the Range headers."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            server.asked.append(self.headers.get("Range"))
+            (server.answers.pop(0) if len(server.answers) > 1 else server.answers[0])(self)
+
+        def log_message(self, *args):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.answers, server.asked, server.url = [page()], [], f"http://127.0.0.1:{server.server_address[1]}/"
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
 
 
-BAD_RUNS = {
-    "unknown name": (["nope"], "nope: neither"),
-    "missing file": (["nope.txt"], "nope.txt: neither"),
-    "empty folder": (["empty"], "empty: no .txt, .jsonl or .parquet"),
-    "neither .txt nor .jsonl": (["image.png"], "image.png: no .txt, .jsonl or .parquet"),
-    "empty file": (["empty.txt"], "empty.txt: no text"),
-    "empty jsonl": (["empty.jsonl"], "empty.jsonl: no text"),
-    "second file not UTF-8": (["folder"], "byte 3 is not UTF-8"),
-    "malformed line": (["bad.jsonl"], "bad.jsonl:41: "),
-    "bpe of a malformed line": (["bad.jsonl", "--tokenizer", "bpe:300"], "bad.jsonl:41: "),
-    "unknown tokenizer": (["good.txt", "--tokenizer", "gpt5"], "gpt5: not known"),
-    "cl100k_base": (["good.txt", "--tokenizer", "cl100k_base"], "at most 65,536"),
-    "o200k_base": (["good.txt", "--tokenizer", "o200k_base"], "at most 65,536"),
-    "bpe too small": (["good.txt", "--tokenizer", "bpe:256"], "257"),
-    "bpe far too small": (["good.txt", "--tokenizer", "bpe:100"], "257"),
-    "bpe too large": (["good.txt", "--tokenizer", "bpe:65537"], "65,536"),
-    "bpe far too large": (["good.txt", "--tokenizer", "bpe:70000"], "65,536"),
-    "bpe without a number": (["good.txt", "--tokenizer", "bpe:abc"], "bpe:abc"),
-    "bpe with nothing": (["good.txt", "--tokenizer", "bpe:"], "bpe:"),
-    "fraction above 1": (["good.txt", "--val-fraction", "1.5"], "1.5"),
-    "fraction of 1": (["good.txt", "--val-fraction", "1"], "1.0"),
-    "negative fraction": (["good.txt", "--val-fraction", "-0.1"], "-0.1"),
-    "fraction not a number": (["good.txt", "--val-fraction", "nan"], "nan"),
-    "fraction not numeric": (["good.txt", "--val-fraction", "tenth"], "tenth"),
-    "unknown option": (["good.txt", "--tokeniser", "bytes"], "--tokeniser"),
+TAG = ("X-Linked-Etag", f'"{hashlib.sha256(BODY).hexdigest()}"')  # as the hub tells the SHA-256 of large files
+WRONG = page(BODY[::-1], headers=[TAG])
+REDIRECT = page(b"", code=302, headers=[TAG, ("Location", "/elsewhere")])
+DOWNLOADS = {
+    "at once": ([page()], [None]),
+    "resumed": ([page(send=70_000), page(send=70_000), page()], [None, "bytes=65536-", "bytes=131072-"]),
+    "Range is ignored": ([page(send=200_000), page(ranges=False)], [None, "bytes=196608-"]),
+    "errors that pass": ([page(code=503), page(code=429), page()], [None] * 3),
+    "wrong bytes": ([WRONG, page(headers=[TAG])], [None, None]),
+    "wrong bytes after a redirect": ([REDIRECT, page(BODY[::-1]), REDIRECT, page()], [None] * 4),
+    "404": ([page(code=404)], [None]),
+    "503 for ever": ([page(code=503)], [None] * 3),
+    "wrong bytes for ever": ([WRONG], [None] * 3),
+    "another length for ever": ([page(claim=9)], [None, "bytes=262144-", "bytes=262144-"]),
 }
 
 
-@pytest.mark.parametrize("name", BAD_RUNS)
-def test_a_failing_run_says_why_in_one_line_and_leaves_the_older_data_set_whole(name, small_blocks):
-    argv, message = BAD_RUNS[name]
-    write("good.txt", PROSE)
-    write("image.png", b"\x89PNG")
-    write("empty.txt", b"")
-    write("empty.jsonl", b"\n")
-    write("folder/1.txt", PROSE)
-    write("folder/2.txt", b"abc\xff")
-    write("bad.jsonl", b'{"text": "a good line, forty times"}\n' * 40 + b"{")
-    Path("empty").mkdir()
-    run("good.txt", "--tokenizer", "bpe:300")
-    before = contents()
-    assert message in error(*(argv if "--tokenizer" in argv else [*argv, "--tokenizer", "bytes"]))
-    assert contents() == before
+@pytest.mark.parametrize("name", DOWNLOADS)
+def test_a_download_is_the_file_or_one_line_after_three_tries(name, site, monkeypatch):
+    answers, ranges = DOWNLOADS[name]
+    monkeypatch.setitem(prepare_data.DATASETS, "shakespeare", (site.url, ["input.txt"]))
+    command = ["shakespeare", "--tokenizer", "bytes", "--val-fraction", 0]
+    site.answers = list(answers)
+    if name == "404" or "for ever" in name:
+        assert site.url in error(*command) and site.asked == ranges and not Path("out").exists()
+        assert list(contents("data").values()) == ([BODY[:262144]] if "length" in name else [])
+        site.answers = [page()]
+    run(*command)
+    n_asked = len(site.asked)
+    run(*command)  # what is there is not asked for again
+    assert read_documents() == [BODY.decode()] and site.asked[: len(ranges)] == ranges and len(site.asked) == n_asked
 
 
-def test_a_failing_first_run_leaves_nothing_behind(small_blocks):
-    write("late.txt", PROSE.encode() + b"\xff")
-    error("late.txt", "--tokenizer", "bytes")
-    assert not Path("out").exists() or contents() == {}
+@pytest.mark.parametrize("part", [100_000, len(BODY), len(BODY) + 1])
+def test_a_later_run_resumes_what_an_earlier_one_left(part, site):
+    write("folder/input.txt.part", (BODY + b"!")[:part])
+    prepare_data.download(site.url, Path("folder/input.txt"))
+    assert (
+        contents("folder") == {"input.txt": BODY} and site.asked == [f"bytes={part}-", None][: 1 + (part > len(BODY))]
+    )
 
 
-@pytest.mark.parametrize("out", ["file.txt", "file.txt/out"])
-def test_an_out_that_is_or_lies_under_a_file(out):
-    write("file.txt", PROSE)
-    with pytest.raises(SystemExit) as e:
-        prepare_data.main(["file.txt", "--tokenizer", "bytes", "--out", out])
-    assert str(Path(out)) in e.value.code and "\n" not in e.value.code
-    assert contents(".") == {"file.txt": PROSE.encode()}
+def test_openwebmath_asks_the_hub_for_its_files(site, monkeypatch):
+    parquet = Path(write_rows("rows.parquet")).read_bytes()
+    listing = [
+        {"path": f"data/{name}"} for name in ("README.md", "train-2.parquet", "train-1.parquet", "train-0.parquet")
+    ]
+    site.answers = [page(json.dumps(listing).encode()), page(parquet)]
+    monkeypatch.setattr(prepare_data, "HUB", site.url[:-1])
+    monkeypatch.setitem(prepare_data.DATASETS, "openwebmath", (site.url, []))
+    run("openwebmath", "--tokenizer", "bytes", "--shards", 2, "--val-fraction", 0)
+    assert read_documents() == [row["text"] for row in ROWS] * 2 and len(site.asked) == 3
 
 
-def test_a_tokenizer_that_cannot_be_downloaded(monkeypatch):
-    def no_network(path):
-        raise ConnectionError("no route to host\nsecond line")
+def test_weights_give_the_logits_of_hugging_face():
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel
 
-    monkeypatch.setattr(tiktoken.load, "read_file", no_network)
-    monkeypatch.setattr(tiktoken.registry, "ENCODINGS", {})
-    said = error(write("good.txt", PROSE), "--tokenizer", "p50k_base")
-    assert "p50k_base" in said and "TIKTOKEN_CACHE_DIR" in said
-    assert not Path("out").exists()
+    import gpt2
 
-
-def test_on_the_command_line_an_error_is_one_line_and_exit_code_1():
-    argv = [sys.executable, prepare_data.__file__, "nope.txt"]
-    result = subprocess.run(argv, capture_output=True, encoding="utf-8")
-    assert (result.returncode, result.stdout, result.stderr.count("\n")) == (1, "", 1)
-    assert "nope.txt" in result.stderr
-
-
-def test_a_word_too_long_to_merge_in_one_is_cut_and_every_part_counted(monkeypatch):
-    monkeypatch.setattr(prepare_data, "LONG_WORD", 4)
-    write("line.txt", "abcdabcdabcdab xy")
-    args = argparse.Namespace(name="line.txt", field="text", val_fraction=0.0, errors="strict")
-    words = prepare_data.count_words(prepare_data.Source(args))
-    assert words == {"abcd": 3, "ab": 1, " xy": 1}
-
-
-# --- interruptions
-
-
-@pytest.mark.parametrize("older", [False, True])
-def test_ctrl_c_while_encoding_leaves_no_half_file(older, small_blocks, monkeypatch):
-    write("prose.txt", PROSE * 60)
-    if older:
-        run("prose.txt", "--tokenizer", "bpe:300")
-    before = contents() if older else {}
-    encode, seen = tiktoken.Encoding.encode_to_numpy, []
-
-    def encode_and_interrupt(self, text, **kwargs):
-        seen.append(sorted(p.suffix for p in Path("out").iterdir() if p.name not in before))
-        if len(seen) == 3:
-            raise KeyboardInterrupt
-        return encode(self, text, **kwargs)
-
-    monkeypatch.setattr(tiktoken.Encoding, "encode_to_numpy", encode_and_interrupt)
-    with pytest.raises(SystemExit) as e:
-        run("prose.txt", "--tokenizer", "bytes")
-    assert e.value.code == 130
-    assert seen[-1] == [".partial"]  # it was in the middle of train.bin
-    assert contents() == before
-
-
-def test_what_a_killed_run_was_writing_is_removed():
-    write("prose.txt", PROSE)
-    write("out/journal.partial.tmp", "{")
-    run("prose.txt", "--tokenizer", "bytes")
-    assert not [name for name in contents() if name.endswith(".tmp")]
-
-
-@pytest.mark.parametrize("when", [1, 2, 3, 4])
-def test_ctrl_c_while_renaming_leaves_no_meta_json(when, monkeypatch):
-    """Old and new files may lie side by side then: without meta.json nothing takes them for a data set."""
-    write("prose.txt", PROSE)
-    run("prose.txt", "--tokenizer", "bpe:300")
-    replace, calls = os.replace, []
-
-    def replace_and_interrupt(source, target):
-        calls.extend([target] if target.suffix != ".partial" else [])  # meta.json gets that name first
-        if len(calls) == when:
-            raise KeyboardInterrupt
-        replace(source, target)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "replace", replace_and_interrupt)
-        with pytest.raises(SystemExit) as e:
-            run("prose.txt", "--tokenizer", "bpe:280")
-    assert e.value.code == 130 and len(calls) == when
-    assert not any(name == "meta.json" or name.endswith(".partial") for name in contents())
-
-
-# --- the standard library, and GPT-2's tokenizer
-
-
-def test_stdlib_is_this_machines_sources_without_tests_and_tables():
-    run("stdlib", "--tokenizer", "bytes")
-    documents = set()
-    for split in ("train", "val"):
-        ids = read_ids(split)
-        assert ids.max() == read_meta()["eot"] == 256
-        documents.update(ids[ids < 256].astype(np.uint8).tobytes() for ids in np.split(ids, np.flatnonzero(ids == 256)))
-    assert Path(argparse.__file__).read_bytes() in documents
-    left_out = [encodings.cp1252.__file__, pydoc_data.topics.__file__]
-    left_out += list(Path(argparse.__file__).parent.glob("test/test_a*.py"))  # not installed everywhere
-    assert not any(Path(path).read_bytes() in documents for path in left_out)
-
-
-@pytest.mark.skipif(not SHARED_TEXT.is_dir(), reason=f"no {SHARED_TEXT}")
-def test_gpt2_ids_decode_to_the_file(gpt2_cache):
-    path = SHARED_TEXT / "shakespeare.txt"
-    run(path, "--tokenizer", "gpt2")
-    meta = read_meta()
-    assert (meta["vocab_size"], meta["tokenizer"], meta["eot"]) == (50257, "gpt2", 50256)
-    assert sorted(contents()) == ["meta.json", "train.bin", "val.bin"]
-    ids = np.concatenate([read_ids("train"), read_ids("val")])
-    assert tiktoken.get_encoding("gpt2").decode_bytes(ids.tolist()) == path.read_bytes()
-
-
-@pytest.mark.parametrize("name", ["odd", "shakespeare"])
-def test_our_split_pattern_with_gpt2s_ranks_is_gpt2(name, gpt2_cache):
-    path = SHARED_TEXT / "shakespeare.txt"
-    if name == "shakespeare" and not path.is_file():
-        pytest.skip(f"no {path}")
-    text = path.read_text(encoding="utf-8") if name == "shakespeare" else odd_text(2) + UNICODE + PROSE + "  \n "
-    gpt2 = tiktoken.get_encoding("gpt2")
-    ranks, pattern = gpt2._mergeable_ranks, prepare_data.SPLIT_PATTERN
-    ours = tiktoken.Encoding("ours", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
-    assert ours.encode_ordinary(text) == gpt2.encode_ordinary(text)
+    theirs = GPT2LMHeadModel(GPT2Config(vocab_size=97, n_positions=16, n_layer=2, n_embd=128, n_head=2)).eval()
+    state = theirs.transformer.state_dict() | {"h.0.attn.bias": torch.ones(1, 1, 16, 16)}
+    Path("data/downloads").mkdir(parents=True)
+    torch.save(state, "data/downloads/gpt2.bin", _use_new_zipfile_serialization=False)  # as OpenAI's are stored
+    prepare_data.main(["weights:gpt2"])
+    ckpt = torch.load("out/gpt2-openai/ckpt.pt", weights_only=True)
+    ours = gpt2.Model(gpt2.Config(**ckpt["config"])).eval()
+    ours.load_state_dict(ckpt["model"])
+    idx = torch.randint(97, (2, 16))
+    torch.testing.assert_close(ours(idx)[..., :97], theirs(idx).logits, rtol=1e-4, atol=1e-4)
