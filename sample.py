@@ -1,4 +1,5 @@
-"""Generates text from a checkpoint of any model file with one of five decoding methods.
+"""Generates text from a checkpoint of any model file with one of five decoding methods. A cache makes a new token cost
+the work of one token, not of the whole text.
 
     python sample.py --ckpt out/gpt2/ckpt.pt --prompt "def main("        nucleus sampling, printed token by token
     python sample.py --ckpt out/gpt2/ckpt.pt --decode all                one sample of each decoder, with tokens/s
@@ -11,9 +12,6 @@
        | nucleus            only the fewest tokens whose probabilities reach p (Holtzman et al. 2020, section 3.1)
        v
     softmax, draw one       beam search instead keeps the `beam_width` most probable hypotheses
-
-It needs three things of a model: model(idx, cache=cache), model.new_cache(batch_size), and model.ahead, the number of
-tokens that one forward pass predicts. The cache makes a new token cost as much as one token, not as the whole text.
 """
 
 import argparse
@@ -38,17 +36,17 @@ OPTIONS |= dict.fromkeys(("beam_width", "length_penalty"), ("beam",))
 
 
 def crop(idx, block_size, max_new_tokens):
-    """Cuts prompts (B, T) longer than the window at their beginning and says so on stderr. What is kept leaves room for
-    the new tokens, but fills at least three quarters of the window."""
-    left_out = idx.size(1) - max(block_size - max_new_tokens, block_size - block_size // 4)
+    """Cuts prompts (B, T) that are longer than the window, to leave room for the new tokens, and says so on stderr."""
+    keep = max(block_size - max_new_tokens, block_size - block_size // 4)  # three quarters of the window at least
     if idx.size(1) <= block_size:
         return idx
-    print(f"(the prompt is too long: its first {left_out:,} tokens are left out)", file=sys.stderr)
-    return idx[:, left_out:]
+    print(f"(the prompt is too long: its first {idx.size(1) - keep:,} tokens are left out)", file=sys.stderr)
+    return idx[:, -keep:]
 
 
 class Context:
-    """The tokens of a batch so far, (B, T), and the cache of what the model has computed for them."""
+    """The tokens of a batch so far, (B, T), and the cache with which a new token costs the work of one token. It needs
+    only model(idx, cache=cache), model.new_cache(batch_size), model.ahead, and model.cfg.block_size."""
 
     def __init__(self, model, tokens, use_cache=True):
         self.model, self.tokens, self.use_cache = model, tokens, use_cache
@@ -60,8 +58,7 @@ class Context:
         if self.pending.size(1) == 0:
             T, block_size = self.tokens.size(1), self.model.cfg.block_size
             if T - self.start > block_size:
-                # The cache depends on positions, so sliding a full window by one token would mean to compute all of it
-                # again. It slides by a quarter instead: three quarters are computed again, rarely.
+                # What is cached depends on positions: slide by a quarter, then read the last three quarters again.
                 self.start, self.cache = T - (block_size - block_size // 4), None
             window = self.tokens[:, self.start :]
             if self.cache is None or not self.use_cache:  # compute equal rows once, such as samples of one prompt
@@ -74,11 +71,7 @@ class Context:
         logits, self.pending = self.pending[:, 0], self.pending[:, 1:]
         return logits
 
-    def append(self, token):
-        self.tokens = torch.cat([self.tokens, token[:, None]], dim=1)
-
-    def select(self, rows):
-        """Row i becomes what row rows[i] was."""
+    def select(self, rows):  # row i becomes what row rows[i] was
         self.tokens, self.pending = self.tokens[rows], self.pending[rows]
         self.cache.select(rows)
 
@@ -94,8 +87,8 @@ def candidates(logits, temperature=1.0, top_k=None, top_p=None):
         ranked, order = weights.topk(min(4096, weights.size(-1)))  # enough for most, and faster than to sort all
         if ranked.sum(-1).min() < top_p:
             ranked, order = weights.sort(dim=-1, descending=True)
-        outside = ranked.cumsum(-1) - ranked >= top_p  # the mass before a token: the one that crosses p stays
-        outside[:, 0] = False  # never less than one token
+        # The mass before a token decides, so the one that crosses p stays, and the first one even if p is 0.
+        outside = ranked.cumsum(-1) - ranked >= max(top_p, 1e-9)
         weights, ids = ranked.masked_fill(outside, 0), ids.gather(1, order)
     return weights, ids
 
@@ -129,8 +122,8 @@ def beam_search(model, idx, max_new_tokens, width, length_penalty, eot, use_cach
         if last or all(scores[b, 0].item() / reach**length_penalty <= finished[b][0] for b in range(B)):
             break
         context.select(rows.gather(1, keep).flatten())
-        context.append(tokens.gather(1, keep).flatten())
-    return torch.nn.utils.rnn.pad_sequence([tokens for _, tokens in finished], True, eot or 0)
+        context.tokens = torch.cat([context.tokens, tokens.gather(1, keep).view(-1, 1)], dim=1)
+    return torch.nn.utils.rnn.pad_sequence([tokens for _, tokens in finished], batch_first=True, padding_value=eot or 0)
 
 
 @torch.no_grad()
@@ -153,8 +146,8 @@ def generate(
     puts the model in eval mode. Raises ValueError for arguments out of range."""
     if decode not in DECODERS:
         raise ValueError(f"decode {decode!r} is invalid: choose one of {', '.join(DECODERS)}")
-    if idx.dim() != 2 or idx.size(1) == 0:
-        raise ValueError(f"idx has shape {tuple(idx.shape)}: expected (B, T), at least one token id for each prompt")
+    if idx.dim() != 2 or idx.numel() == 0:
+        raise ValueError(f"idx has shape {tuple(idx.shape)}: expected (B, T), B prompts of T token ids each")
     few = min(max_new_tokens + 1, beam_width, 1 if top_k is None else top_k) < 1
     if few or not 0 <= temperature < math.inf or not 0 <= (top_p or 0) <= 1:
         raise ValueError("temperature and max_new_tokens must be >= 0, beam_width and top_k >= 1, top_p in [0, 1]")
@@ -175,8 +168,8 @@ def generate(
             token = ids.gather(1, torch.multinomial(weights, 1, generator=generator))[:, 0]
         if eot is not None:
             token = token.masked_fill(ended, eot)
-            ended |= token == eot
-        context.append(token)
+            ended = token == eot
+        context.tokens = torch.cat([context.tokens, token[:, None]], dim=1)
         if callback:
             callback(token)
         if ended.all():
@@ -202,8 +195,7 @@ def load(ckpt, device="cpu"):
 
 
 def printer(tokenizer, text):
-    """Returns a function that prints a token (1), after `text` at first. A character of several tokens is printed when
-    it is complete."""
+    """Returns a function that prints `text` and then a token (1) a call, each character when it is complete."""
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def show(token):
@@ -223,8 +215,6 @@ def run(args):
         if not set(OPTIONS[name]) & set(chosen):
             option, users = f"--{name.replace('_', '-')}", ", ".join(OPTIONS[name])
             raise ValueError(f"{option} has no effect with --decode {args.decode}, only with {users}")
-    if getattr(args, "num_samples", 1) < 1:
-        raise ValueError("--num-samples must be at least 1")
     device, dtype = choose_device(args.device, args.dtype)
     model, tokenizer = load(args.ckpt, device)
     model.to(torch.float32 if args.dtype == "auto" and device.type != "cuda" else dtype)
@@ -248,7 +238,7 @@ def run(args):
             options["callback"] = printer(tokenizer, prompt) if streams else None
             shared = dict(eot=eot, generator=generator, use_cache=not args.no_cache)
             start = time.perf_counter()
-            new = generate(model, idx.repeat(n_samples, 1), args.max_new_tokens, decode, **options, **shared)
+            new = generate(model, idx.expand(n_samples, -1), args.max_new_tokens, decode, **options, **shared)
             seconds = time.perf_counter() - start
             rows = [row[: row.index(eot)] if eot in row else row for row in new.tolist()]
             for i, row in enumerate(rows):
@@ -280,8 +270,6 @@ def main(argv=None):
     add("--device", default="auto", help="cpu, cuda, mps, ... (default: a CUDA GPU if there is one)")
     add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="auto: float32, on CUDA as trained")
     args = parser.parse_args(argv)
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")  # the terminal's encoding may lack characters of the vocabulary
     try:
         run(args)
     except EOFError:
@@ -293,9 +281,10 @@ def main(argv=None):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except UnicodeDecodeError:
         sys.exit(f"sample.py: {args.prompt_file or 'standard input'} is not UTF-8 text")
-    except (ValueError, OSError) as e:
+    except (ValueError, OSError, torch.OutOfMemoryError) as e:
         sys.exit(f"sample.py: {e}")
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # the terminal's encoding may lack characters of the vocabulary
     main()
