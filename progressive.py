@@ -1,26 +1,27 @@
-"""Progressive diverging: 3 shared blocks become 6, then 12, while training, and no switch changes the function.
+"""Progressive diverging: 3 shared blocks become 6, then 12, during training, and no switch changes the function.
 
-    layer     0  1  2  3  4  5  6  7  8  9 10 11        every stage is a GPT-2 of 12 layers
-    stage 1   A  A  A  A  B  B  B  B  C  C  C  C        3 blocks, each called 4 times in a row
-    stage 2   A  A  A' A' B  B  B' B' C  C  C' C'       each is copied: 6 blocks, called twice
-    stage 3   A  a  A' a' B  b  B' b' C  c  C' c'       12 blocks, called once
+    layer     0  1  2  3  4  5  6  7  8  9 10 11      every stage is a GPT-2 of 12 layers
+    stage 1   A  A  A  A  B  B  B  B  C  C  C  C      3 blocks, each called 4 times in a row
+    stage 2   A  A  A' A' B  B  B' B' C  C  C' C'     6 blocks: each block and a copy of it, called twice
+    stage 3   A  a  A' a' B  b  B' b' C  c  C' c'     12 blocks: copied again, called once
 
-From stage 2 on the attention matrices are frozen and learn through LoRA (Hu et al. 2021, arXiv 2106.09685, section
-4.1): W + alpha / rank B A, with B = 0 at birth, added up before it meets the tokens, so that a step costs what GPT-2's
-does. A copy computes what its original did and B A is 0, so the loss is the same just before and just after a switch.
-At the next switch W takes up its B A; at the end all of it is a plain GPT-2, which --export writes for gpt2.py.
+The idea: begin with few parameters, and let the layers become different as training proceeds. From stage 2 on the
+attention matrices are frozen and learn through LoRA (Hu et al. 2021, arXiv 2106.09685, section 4.1): W becomes
+W + alpha / rank B A, where B starts at zero. A copy computes what its original does, and B A is zero, so the loss is
+the same before and after a switch. The next switch adds B A to W. So each stage is a plain GPT-2 in what it computes:
+--export writes that one as a checkpoint of gpt2.py. It samples faster, too: W + B A is not computed for each token.
 
-Source: github.com/swortaljuju/lmsmall, "Progressive Diverging model", whose code did not do this. Its optimizer was
-built before stages 2 and 3 were: none of their tensors were trained, only embeddings, last norm and head after a third
-of the run. Its LoRA was a second attention with random weights: the loss jumped from 1.92 to 3.19 at the switch. And
-its test loss is that of the stage 1 network. Relatives that work: Takase and Kiyono 2021 (arXiv 2104.06022) share
-blocks in this order; Relaxed Recursive Transformers (Bae et al. 2024, arXiv 2410.20672) add LoRA to each call.
+Source: github.com/swortaljuju/lmsmall, "Progressive Diverging model". Its code does not do what its text says: the
+optimizer is built before stages 2 and 3, so their tensors are never trained; LoRA is a second attention module with
+random weights, so the loss jumps from 1.92 to 3.19 at a switch; and its test loss is that of the stage 1 network.
+Related: Takase and Kiyono 2021 (arXiv 2104.06022) share blocks in this order (they call it SEQUENCE); Bae et al. 2024
+(arXiv 2410.20672, Relaxed Recursive Transformers) add LoRA to each call of a shared block.
 
-    python progressive.py --preset demo                                  some minutes on a laptop's CPU
-    python progressive.py --device cuda --data data/NAME                 the source's size on one GPU
+    python progressive.py --preset demo                               some minutes on a laptop's CPU
+    python progressive.py --device cuda --data data/NAME              the source's size on one GPU
 
-In the diff with gpt2.py: LoRALinear, the line of forward that picks a block for a layer, and grow. --lora-rank 0 grows
-without freezing: the control experiment.
+In the diff with gpt2.py: LoRALinear, the line of Model.forward that picks the block of a layer, and grow with the
+functions that it calls. --lora-rank 0 switches without freezing anything: the control experiment.
 """
 
 import argparse
@@ -33,6 +34,7 @@ import signal
 import sys
 import time
 import zipfile
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -46,33 +48,33 @@ from torch.utils.flop_counter import FlopCounterMode
 
 @dataclass
 class Config:
-    # The network. A checkpoint fixes these; what follows may change when a run is resumed.
-    vocab_size: int = 50257  # token ids; a new run takes the number of its data set
+    # The network. A checkpoint fixes these; the options below may change when a run is resumed.
+    vocab_size: int = 50257  # vocabulary size; training takes that of its data set
     block_size: int = 256  # longest context, in tokens
-    n_layer: int = 12  # calls of a block, a multiple of 4
+    n_layer: int = 12  # layers, a multiple of 4; a block serves several of them
     n_head: int = 6  # attention heads
-    n_embd: int = 192  # width of the stream, in channels
-    stage: int = 1  # 1: a block for 4 layers, 2: for 2 layers, 3: for each; training moves it on
-    lora_rank: int = 16  # rank of what the attention matrices learn from stage 2 on; 0: they are not frozen
-    lora_alpha: float = 32.0  # B A counts lora_alpha / lora_rank times
-    dropout: float = 0.0  # probability, at the embedding, attention weights and both ends of a block
+    n_embd: int = 192  # width of the residual stream, in channels
+    stage: int = 1  # blocks serve 4 layers each in stage 1, 2 in stage 2, 1 in stage 3; training raises it
+    lora_rank: int = 16  # rank of B A, with which attention matrices learn from stage 2 on; 0: W itself is trained
+    lora_alpha: float = 32.0  # B A is scaled by lora_alpha / lora_rank
+    dropout: float = 0.0  # probability, at the embedding, attention weights and the output of each sublayer
     # The run.
     data: str = "data/stdlib"  # folder that prepare_data.py wrote
     out: str = "out/progressive"  # folder for ckpt.pt, best.pt and log.csv
-    stages: str = "0.33,0.67"  # where stages 2 and 3 begin, in parts of max_steps
-    export: str = ""  # file for the finished model as a gpt2.py checkpoint
-    device: str = "auto"  # cpu, cuda, cuda:1, mps; auto takes a CUDA GPU if there is one
-    dtype: str = "auto"  # float32 or bfloat16 (autocast); auto takes bfloat16 where the device computes in it
-    compile: bool | None = None  # torch.compile; when not given, on CUDA alone
+    stages: str = "0.33,0.67"  # when stages 2 and 3 begin, as fractions of max_steps; never, for 1 and above
+    export: str = ""  # file to write the finished model to, as a checkpoint of gpt2.py
+    device: str = "auto"  # cpu, cuda, cuda:1, mps; auto: a CUDA GPU if there is one
+    dtype: str = "auto"  # float32 or bfloat16 (autocast); auto: bfloat16 where it is fast
+    compile: bool | None = None  # torch.compile; None: on CUDA only
     seed: int = 1337  # of weights, batches and dropout
     max_steps: int = 80_000  # optimizer steps
-    batch_size: int = 8  # sequences an optimizer step, over all devices
-    micro_batch: int = 8  # sequences a forward pass on one device; gradients add up to batch_size
+    batch_size: int = 8  # sequences per optimizer step, over all devices
+    micro_batch: int = 8  # sequences per forward pass on one device; gradients accumulate to batch_size
     eval_interval: int = 500  # steps between evaluations, each followed by a checkpoint
-    eval_tokens: int = 2**16  # tokens at the start of val.bin that these evaluations score; the last scores all
+    eval_tokens: int = 2**16  # tokens at the start of val.bin that these evaluations score
     log_interval: int = 10  # steps between lines of log.csv
-    learning_rate: float = 6e-4  # its peak
-    warmup_steps: int = 100  # steps of linear warm-up, before a cosine to zero
+    learning_rate: float = 6e-4  # peak
+    warmup_steps: int = 100  # steps of linear warm-up, before a cosine decay to zero
     weight_decay: float = 0.1  # of matrices and embeddings, not of biases and norms
     grad_clip: float = 1.0  # largest norm of the gradient
 
@@ -92,7 +94,7 @@ class Cache:
         self.length = 0
 
     def append(self, layer, k, v):
-        """Stores a layer's new keys and values (B, nh, T, hs); returns those of all tokens (B, nh, length + T, hs)."""
+        """Stores a layer's new keys and values (B, nh, T, hs); returns all of them (B, nh, length + T, hs)."""
         end = self.length + k.size(2)
         self.k[layer, :, :, self.length : end] = k
         self.v[layer, :, :, self.length : end] = v
@@ -107,7 +109,7 @@ class Cache:
 
 
 class LoRALinear(nn.Linear):
-    """A Linear whose matrix, from stage 2 on, is frozen and learns in few dimensions: weight + scale lora_b lora_a."""
+    """A Linear layer. From stage 2 on its W is frozen and B A is trained: y = (W + alpha / rank B A) x + bias."""
 
     def __init__(self, n_in, n_out, cfg):
         super().__init__(n_in, n_out)
@@ -119,7 +121,7 @@ class LoRALinear(nn.Linear):
             self.lora_b = nn.Parameter(torch.zeros(n_out, self.rank))
 
     def matrix(self):
-        """The matrix that it multiplies with, (n_out, n_in)."""
+        """W + alpha / rank B A (n_out, n_in). In training the sum costs less than two more matmuls for each token."""
         return self.weight + self.scale * (self.lora_b @ self.lora_a) if self.rank else self.weight
 
     def forward(self, x):
@@ -142,7 +144,7 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.append(layer, k, v)  # (B, nh, S, hs), S = tokens before + T
         S = k.size(2)
-        mask = None  # query t stands at position S - T + t, and sees the keys up to there
+        mask = None  # query t has position S - T + t and sees the keys up to there
         if 1 < T < S:
             mask = torch.ones(T, S, dtype=torch.bool, device=x.device).tril(S - T)
         # What scaled_dot_product_attention computes, without ever holding the (T, S) weights in memory:
@@ -166,9 +168,6 @@ class MLP(nn.Module):
         return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
 
 
-LAYERS_A_BLOCK = {1: 4, 2: 2, 3: 1}  # by stage
-
-
 class Block(nn.Module):
     def __init__(self, cfg):
         super().__init__()
@@ -182,10 +181,10 @@ class Block(nn.Module):
 
 
 class Model(nn.Module):
-    """GPT-2, in which a block may be several layers. model(idx) -> logits (B, T, V); model(idx, targets) -> mean
-    cross-entropy in nats, a scalar; model(idx, cache=cache) -> logits (B, 1, V) for the token after idx, which goes on
-    from what the cache has seen. Raises ValueError if the heads do not divide the width, blocks not the layers, or a
-    text is longer than block_size."""
+    """GPT-2 whose layers share blocks. model(idx) -> logits (B, T, V); model(idx, targets) -> mean cross-entropy in
+    nats, a scalar; model(idx, cache=cache) -> logits (B, 1, V) for the token after idx, which continues what the cache
+    has seen. Raises ValueError for heads that do not divide the width, for a number of layers that blocks do not
+    divide, and for a text longer than block_size."""
 
     ahead = 1  # row i of the logits scores token i + ahead
 
@@ -193,22 +192,21 @@ class Model(nn.Module):
         super().__init__()
         if cfg.n_embd % cfg.n_head:
             raise ValueError(f"n_embd {cfg.n_embd} is not a multiple of n_head {cfg.n_head}")
-        if cfg.n_layer % 4 or cfg.stage not in (1, 2, 3) or cfg.lora_rank < 0:
-            raise ValueError(f"n_layer {cfg.n_layer} must be a multiple of 4, stage {cfg.stage} 1 to 3, lora_rank >= 0")
-        if cfg.export and Path(cfg.export).resolve() == Path(cfg.out, "ckpt.pt").resolve():
-            raise ValueError(f"export {cfg.export} is the run's own checkpoint: name another file")
-        switches(cfg)
+        if cfg.n_layer % 4 or cfg.stage not in (1, 2, 3):
+            raise ValueError(f"n_layer {cfg.n_layer} must be a multiple of 4, and stage {cfg.stage} be 1, 2 or 3")
+        if not re.fullmatch(r"[\d.]+,[\d.]+", cfg.stages):
+            raise ValueError(f"stages {cfg.stages!r} must be two fractions of the run, like 0.33,0.67")
         self.cfg = cfg
-        padded = math.ceil(cfg.vocab_size / 64) * 64  # matrix products like round sizes; no one sees the extra ids
+        padded = math.ceil(cfg.vocab_size / 64) * 64  # for faster matmuls; padded logits are sliced off
         self.wte = nn.Embedding(padded, cfg.n_embd)
         self.wpe = nn.Embedding(cfg.block_size, cfg.n_embd)
         self.drop = nn.Dropout(cfg.dropout)
-        self.h = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layer // LAYERS_A_BLOCK[cfg.stage]))
+        self.h = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layer // 2 ** (3 - cfg.stage)))
         self.ln_f = nn.LayerNorm(cfg.n_embd)
         for name, p in self.named_parameters():
-            if "lora" in name:
+            if "lora" in name:  # LoRALinear has set these
                 continue
-            if p.dim() == 2:  # the stream is a sum of 2 n_layer terms: scaled so that it starts no wider for it
+            if p.dim() == 2:  # residual projections are scaled by 1 / sqrt(2 n_layer): that many are added up
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * cfg.n_layer) if "c_proj" in name else 0.02)
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
@@ -220,7 +218,8 @@ class Model(nn.Module):
         position = torch.arange(past, past + T, device=idx.device)
         x = self.drop(self.wte(idx) + self.wpe(position))  # (B, T, C)
         for layer in range(self.cfg.n_layer):
-            x = self.h[layer // LAYERS_A_BLOCK[self.cfg.stage]](x, cache, layer)
+            block = self.h[layer * len(self.h) // self.cfg.n_layer]  # consecutive layers share it
+            x = block(x, cache, layer)
         if cache is not None:
             cache.length += T
             x = x[:, -self.ahead :]
@@ -237,104 +236,78 @@ class Model(nn.Module):
 
 
 def configure_optimizer(model, cfg):
-    """AdamW (Loshchilov and Hutter 2019), decaying what multiplies (matrices, embeddings) and not what adds."""
+    """AdamW (Loshchilov and Hutter 2019), with weight decay on matrices and embeddings, none on biases and norms."""
     params = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in params if p.dim() >= 2], "weight_decay": cfg.weight_decay},
-        {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0},
-    ]
+    decay, rest = [p for p in params if p.dim() >= 2], [p for p in params if p.dim() < 2]
+    groups = [{"params": decay, "weight_decay": cfg.weight_decay}, {"params": rest, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
 
 
 def learning_rate(step, cfg):
-    """Of the step after `step` steps: linear warm-up to the peak, then half a cosine to zero at max_steps."""
-    warmup = min(cfg.warmup_steps, cfg.max_steps // 2)  # a short run gets over it, too
+    """Learning rate at step `step`, counted from 0: linear warm-up to the peak, then a cosine to zero at max_steps."""
+    warmup = min(cfg.warmup_steps, cfg.max_steps // 2)  # a short run reaches the peak, too
     if step < warmup:
         return cfg.learning_rate * (step + 1) / warmup
     done = (step - warmup) / (cfg.max_steps - warmup)
     return cfg.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
 
 
-def switches(cfg):
-    """The steps before which stages 2 and 3 begin; never, for a part of the run that is 1 or more."""
-    try:
-        second, third = map(float, cfg.stages.split(","))
-    except ValueError:
-        second = third = math.nan
-    if not 0 <= second <= third:
-        raise ValueError(f"stages {cfg.stages!r} must be two parts of the run like '0.33,0.67'")
-    return [min(round(part * cfg.max_steps), cfg.max_steps - 1) if part < 1 else math.inf for part in (second, third)]
+def unrolled(blocks, n):
+    """State dict of n blocks that compute what these compute: each is copied n / len(blocks) times, B A added to W."""
+    state = {}
+    for i in range(n):
+        block = blocks[i * len(blocks) // n]
+        state |= {f"{i}.{k}": v for k, v in block.state_dict().items() if "lora" not in k}
+        state |= {f"{i}.attn.{k}.weight": getattr(block.attn, k).matrix().detach() for k in ("c_attn", "c_proj")}
+    return state
 
 
 def diverge(model, optimizer, cfg):
-    """To the next stage, in place: each block becomes two equal ones, LoRA products move into their matrices and begin
-    anew. What goes on to be trained keeps the moments that Adam had of it, in the copies, too."""
-    old, blocks = dict(model.named_parameters()), model.h
+    """Moves to the next stage, in place: each block becomes two equal ones, and B A is added to W and starts anew. Adam
+    keeps the moments of the parameters that are still trained, and copies of them for their copies."""
+    old, blocks = {k: p for k, p in model.named_parameters() if "lora" not in k}, model.h
     cfg.stage += 1
-    torch.manual_seed(cfg.seed + cfg.stage)  # of lora_a: the same in all processes, and when resumed
-    device = model.wte.weight.device
-    model.h = nn.ModuleList(Block(cfg) for _ in range(2 * len(blocks))).to(device).train(model.training)
-    for n, block in enumerate(model.h):
-        block.load_state_dict(merged(blocks[n // 2]), strict=False)  # all but the new LoRA
-    fresh, state = configure_optimizer(model, cfg), {}
+    torch.manual_seed(cfg.seed + cfg.stage)  # of lora_a: the same in every process, and in a run that is resumed here
+    model.h = nn.ModuleList(Block(cfg) for _ in range(2 * len(blocks))).to(model.wte.weight.device)
+    model.h.load_state_dict(unrolled(blocks, len(model.h)), strict=False)  # all but the new A and B
+    fresh = configure_optimizer(model, cfg)
     for name, p in model.named_parameters():
         origin = old.get(re.sub(r"^h\.(\d+)", lambda m: f"h.{int(m[1]) // 2}", name))
-        if p.requires_grad and "lora" not in name and origin in optimizer.state:
-            state[p] = {k: v.clone() for k, v in optimizer.state[origin].items()}
-    for group, new in zip(optimizer.param_groups, fresh.param_groups):
-        group["params"] = new["params"]
-    optimizer.state.clear()
-    optimizer.state.update(state)
-
-
-def merged(module):
-    """The state dict of a module in which each LoRALinear is the Linear that it amounts to."""
-    state = {k: v.detach() for k, v in module.state_dict().items() if "lora" not in k}
-    return state | {f"{k}.weight": m.matrix().detach() for k, m in module.named_modules() if isinstance(m, LoRALinear)}
+        if p.requires_grad and origin in optimizer.state:
+            fresh.state[p] = {k: v.clone() for k, v in optimizer.state[origin].items()}
+    optimizer.param_groups, optimizer.state = fresh.param_groups, fresh.state
 
 
 def export(model, cfg, step):
-    """Writes the model, at any stage, as a checkpoint of gpt2.py, which it is. Moments of Adam start anew."""
-    _, tokenizer, _ = open_data(cfg.data)
-    weights = {k: v for k, v in merged(model).items() if not k.startswith("h.")}
-    for layer in range(cfg.n_layer):
-        block = merged(model.h[layer // LAYERS_A_BLOCK[cfg.stage]])
-        weights |= {f"h.{layer}.{k}": v.clone() for k, v in block.items()}
-    config = asdict(cfg)
-    for k in ("stage", "lora_rank", "lora_alpha", "stages", "export"):
-        del config[k]
-    state = {"model_file": "gpt2.py", "config": config, "tokenizer": tokenizer, "model": weights}
-    state |= {"optimizer": {"state": {}}, "step": step, "rng": [cfg.seed, step], "best": math.inf, "seconds": 0.0}
-    Path(cfg.export).parent.mkdir(parents=True, exist_ok=True)
-    write_whole(Path(cfg.export), lambda f: torch.save(state, f))
-
-
-def validation(cfg):
-    """A function that scores a model on the beginning of the validation split, where there is one with its ids."""
-    meta, splits = {}, {}
-    if Path(cfg.data, "meta.json").is_file():
-        meta, _, splits = open_data(cfg.data)
-    if "val" not in splits or meta["vocab_size"] != cfg.vocab_size:
-        return lambda model: math.nan
-    return lambda model: evaluate(model, splits["val"], meta["eot"], cfg, 1, nullcontext(), limit=2**13)
+    """Writes the model, of whatever stage, as a checkpoint of gpt2.py without optimizer state."""
+    weights = {k: v for k, v in model.state_dict().items() if not k.startswith("h.")}
+    weights |= {f"h.{k}": v for k, v in unrolled(model.h, cfg.n_layer).items()}
+    own = ("stage", "lora_rank", "lora_alpha", "stages", "export")  # the fields that gpt2.py does not have
+    config = {k: v for k, v in asdict(cfg).items() if k not in own}
+    state = dict(model_file="gpt2.py", config=config, tokenizer=open_data(cfg.data)[1], model=weights, step=step)
+    state |= dict(tokens=step * cfg.batch_size * cfg.block_size, best=math.inf, seconds=0.0, optimizer={"state": {}})
+    write_atomically(Path(cfg.export), lambda f: torch.save(state, f))
 
 
 def grow(model, optimizer, cfg, step):
-    """Called before each step and after the last. Returns True if it changed the network."""
-    stage, first = cfg.stage, not dist.is_initialized() or dist.get_rank() == 0
-    due = 1 + sum(step >= switch for switch in switches(cfg))
-    val_loss = validation(cfg) if first and stage < due else lambda model: math.nan
+    """Called before each step and after the last, in every process; returns True if it changed the network."""
+    stage, print0 = cfg.stage, lambda text: os.environ.get("RANK", "0") == "0" and print(text, flush=True)
+    if step >= cfg.max_steps:
+        if cfg.export:
+            export(model, cfg, step)
+            print0(f"{cfg.export} holds the finished model as a checkpoint of gpt2.py")
+        return False
+    due = 1 + sum(step >= round(float(part) * cfg.max_steps) for part in cfg.stages.split(","))
     while cfg.stage < due:
-        before = val_loss(model)
+        meta, _, splits = open_data(cfg.data)
+        tokens = splits.get("val", splits["train"])[: 2**13]
+        before = evaluate(model, tokens, meta["eot"], nullcontext())  # without autocast: it must not change at all
         diverge(model, optimizer, cfg)
-        params, now, after = list(model.parameters()), len(model.h), val_loss(model)
-        n, trained = sum(p.numel() for p in params), sum(p.numel() for p in params if p.requires_grad)
-        if first:
-            print(f"step {step:,}: {now // 2} blocks become {now}: {n:,} parameters, {trained:,} of them trained,"
-                  f" validation loss {before:.6f} -> {after:.6f}")  # fmt: skip
-    if cfg.export and step >= cfg.max_steps and first:
-        export(model, cfg, step)
-        print(f"{cfg.export}: the same model for gpt2.py")
+        after, n = evaluate(model, tokens, meta["eot"], nullcontext()), len(model.h)
+        total = sum(p.numel() for p in model.parameters())
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        print0(f"step {step:,}: from {n // 2} to {n} blocks, {total:,} parameters, {trained:,} of them trained, "
+               f"evaluation loss {before:.6f} -> {after:.6f}")  # fmt: skip
     return cfg.stage > stage
 
 
