@@ -1,31 +1,35 @@
-"""Attention Is All You Need, by hand: a decoder-only transformer out of matrix products, softmax and nothing borrowed.
+"""Attention Is All You Need, unfused: a decoder-only transformer written with matmuls, softmax and core torch only.
 
     idx (B, T)
-      |   sqrt(C) embedding[idx] + sines and cosines of the position        3.4, 3.5
+      |   sqrt(C) embedding[idx] + sinusoids of the positions               3.4, 3.5
       v
-    x (B, T, C) --+----------------+--> (+) --> LayerNorm --> x              n_layer times: post-norm, 3.1
+    x (B, T, C) --+----------------+--> (+) --> LayerNorm --> x             n_layer times: post-norm, 3.1
                   |                |
-                  +-> attention ---+        softmax(Q K^T / sqrt(d_k)) V     3.2.1, equation 1; heads 3.2.2, mask 3.2.3
-                  +-> feed-forward +        max(0, x W_1 + b_1) W_2 + b_2    3.3, equation 2
+                  +-> attention ---+        softmax(Q K^T / sqrt(d_k)) V    3.2.1, equation 1; heads 3.2.2, mask 3.2.3
+                  +-> feed-forward +        max(0, x W_1 + b_1) W_2 + b_2   3.3, equation 2
       |
-      v   head, a matrix of its own with a bias
-    logits (B, T, V)
+      v   head: a matrix of its own, with a bias
+    logits (B, T, V)                        row i scores token i + 1
 
-The numbers are sections and equations of Vaswani et al. 2017, arXiv 1706.03762, which it follows, down to the warm-up
-and inverse square root of the learning rate (5.3, equation 3), Adam with beta_2 = 0.98 (5.3) and label smoothing (5.4).
-Unlike there, as in the source: a decoder alone, biases in all projections, a head that is not the embedding.
+The numbers are sections and equations of Vaswani et al. 2017, arXiv 1706.03762. Training follows the paper, too: a
+linear warm-up, then the inverse square root of the step (5.3, equation 3), Adam with beta_2 = 0.98 (5.3), and label
+smoothing (5.4).
 
-Source: github.com/jrussell25/scratch-former, which built this model to learn from it: 4 layers, width 512, 256 tokens.
-Its sinusoids lack the division by d_model, so that 2 of 512 columns vary with the position. Its perplexity of 34.4 on
-WikiText-2 is that of the last token of disjoint windows, some 960 tokens in all. --eval-only --stride 1 scores each
-token once, with a full window before it, and says what it is per token, per word and per byte. From its list of things
-to do next: prompts of any length and padded batches; a KV cache beside fixed sinusoids (a position is added before the
-first layer, so cached keys keep theirs); mixed precision; multi-query attention (--n-kv-head 1); data parallelism.
+Source: github.com/jrussell25/scratch-former, written to learn from the paper: 4 layers, width 512, 256 tokens.
+- As there, unlike the paper: a decoder alone, and a head that does not share the weights of the embedding.
+- As in the paper, unlike there: embeddings are scaled by sqrt(C), no LayerNorm follows the sum with the positions, Adam
+  has the paper's betas, and the exponent of the sinusoids is divided by C (without it, 2 of 512 columns vary).
+- Its perplexity of 34.4 on WikiText-2 counts the last token of disjoint windows only, some 960 tokens in all.
+  --eval-only --stride 1 scores every token, with a full window of context, and prints it per token, word and byte.
+- Its list of follow-ups is done: prompts of any length up to block_size (the mask is causal: nothing needs padding), a
+  KV cache beside fixed sinusoids (a position is added before the first layer, so cached keys keep theirs), mixed
+  precision, multi-query attention (--n-kv-head 1), data parallelism.
 
     python scratch_former.py --preset demo                               three minutes on a laptop's CPU
     python scratch_former.py --device cuda --data data/wikitext2         the source's size on one GPU
 
-In the diff with gpt2.py: attention without a fused kernel, norms after the sums, sinusoids, Adam and its schedule.
+In the diff with gpt2.py: attention without a fused kernel, norms after the sums, sinusoids, label smoothing, Adam and
+its schedule.
 """
 
 import argparse
@@ -51,31 +55,31 @@ from torch.utils.flop_counter import FlopCounterMode
 
 @dataclass
 class Config:
-    # The network. A checkpoint fixes these; what follows may change when a run is resumed.
-    vocab_size: int = 50257  # token ids; a new run takes the number of its data set
+    # The network. A checkpoint fixes these; the options below may change when a run is resumed.
+    vocab_size: int = 50257  # vocabulary size; training takes that of its data set
     block_size: int = 256  # longest context, in tokens
     n_layer: int = 4  # blocks
-    n_head: int = 8  # heads of queries
-    n_kv_head: int = 0  # heads of keys and values that these share, evenly; 1: multi-query; 0: as many as n_head
-    n_embd: int = 512  # width of the stream, in channels: d_model
-    n_ff: int = 1024  # hidden units of the feed-forward network: d_ff
-    dropout: float = 0.0  # probability, at the embedding and the end of each sublayer
+    n_head: int = 8  # attention heads
+    n_kv_head: int = 0  # key and value heads, each shared by n_head / n_kv_head query heads; 1: multi-query; 0: n_head
+    n_embd: int = 512  # width of the residual stream, in channels
+    n_ff: int = 1024  # hidden units of the feed-forward network
+    dropout: float = 0.0  # probability, at the embedding and the output of each sublayer
     # The run.
     data: str = "data/stdlib"  # folder that prepare_data.py wrote
     out: str = "out/scratch_former"  # folder for ckpt.pt, best.pt and log.csv
-    device: str = "auto"  # cpu, cuda, cuda:1, mps; auto takes a CUDA GPU if there is one
-    dtype: str = "auto"  # float32 or bfloat16 (autocast); auto takes bfloat16 where the device computes in it
-    compile: bool | None = None  # torch.compile; when not given, on CUDA alone
+    device: str = "auto"  # cpu, cuda, cuda:1, mps; auto: a CUDA GPU if there is one
+    dtype: str = "auto"  # float32 or bfloat16 (autocast); auto: bfloat16 where it is fast
+    compile: bool | None = None  # torch.compile; None: on CUDA only
     seed: int = 1337  # of weights, batches and dropout
     max_steps: int = 200_000  # optimizer steps
-    batch_size: int = 10  # sequences an optimizer step, over all devices
-    micro_batch: int = 10  # sequences a forward pass on one device; gradients add up to batch_size
+    batch_size: int = 10  # sequences per optimizer step, over all devices
+    micro_batch: int = 10  # sequences per forward pass on one device; gradients accumulate to batch_size
     eval_interval: int = 500  # steps between evaluations, each followed by a checkpoint
-    eval_tokens: int = 2**16  # tokens at the start of val.bin that these evaluations score; the last scores all
+    eval_tokens: int = 2**16  # tokens at the start of val.bin that these evaluations score
     log_interval: int = 10  # steps between lines of log.csv
-    learning_rate: float = 0.0  # its peak; 0: the paper's, (n_embd x warmup_steps) ** -0.5
+    learning_rate: float = 0.0  # peak; 0: the paper's, (n_embd x warmup_steps) ** -0.5
     warmup_steps: int = 4000  # steps of linear warm-up, before the inverse square root of the step
-    label_smoothing: float = 0.1  # part of each target that is spread over all ids, in training alone
+    label_smoothing: float = 0.1  # share of each target that is spread over the vocabulary, in training only
     grad_clip: float = 1.0  # largest norm of the gradient
 
 
@@ -86,16 +90,15 @@ PRESETS = {
 
 
 class Cache:
-    """Keys and values of the tokens fed so far, (n_layer, B, n_kv_head, block_size, head size) each, `length` filled,
-    of which the first pad[b] in row b are padding; pad is None if there is none."""
+    """Keys and values of the tokens fed so far, (n_layer, B, n_kv_head, block_size, hs) each, `length` filled."""
 
     def __init__(self, cfg, batch_size, like):
         shape = (cfg.n_layer, batch_size, cfg.n_kv_head or cfg.n_head, cfg.block_size, cfg.n_embd // cfg.n_head)
         self.k, self.v = like.new_empty(shape), like.new_empty(shape)
-        self.length, self.pad = 0, None
+        self.length = 0
 
     def append(self, layer, k, v):
-        """Stores a layer's new keys and values (B, nh, T, hs); returns those of all tokens (B, nh, length + T, hs)."""
+        """Stores a layer's new keys and values (B, nh, T, hs); returns all of them (B, nh, length + T, hs)."""
         end = self.length + k.size(2)
         self.k[layer, :, :, self.length : end] = k
         self.v[layer, :, :, self.length : end] = v
@@ -107,7 +110,6 @@ class Cache:
         if len(rows) != self.k.size(1):
             self.k, self.v = (old.new_empty(len(old), len(rows), *old.shape[2:]) for old in (self.k, self.v))
         self.k[:, :, :, : self.length], self.v[:, :, :, : self.length] = k, v
-        self.pad = self.pad[rows] if self.pad is not None else None
 
 
 def positions(length, n_embd):
@@ -118,35 +120,34 @@ def positions(length, n_embd):
 
 
 class Attention(nn.Module):
-    """Causal (3.2.3) multi-head attention (3.2.2): each head looks for tokens whose keys fit its queries, and takes a
-    mean of their values. Several heads of queries may share keys and values (Shazeer 2019, arXiv 1911.02150; Ainslie
-    et al. 2023, arXiv 2305.13245): fewer of these to compute and to cache."""
+    """Multi-head attention (3.2.2): a query head compares its queries with keys and averages the values of those that
+    match. Query heads may share key and value heads (Shazeer 2019, arXiv 1911.02150; Ainslie et al. 2023, arXiv
+    2305.13245): fewer keys and values to compute and to cache."""
 
     def __init__(self, cfg):
         super().__init__()
         self.n_head, self.n_kv_head = cfg.n_head, cfg.n_kv_head or cfg.n_head
         self.d_k = cfg.n_embd // cfg.n_head
-        self.w_q = nn.Linear(cfg.n_embd, cfg.n_embd)
-        self.w_k = nn.Linear(cfg.n_embd, self.n_kv_head * self.d_k)
-        self.w_v = nn.Linear(cfg.n_embd, self.n_kv_head * self.d_k)
-        self.w_o = nn.Linear(cfg.n_embd, cfg.n_embd)
+        self.w_q = nn.Linear(cfg.n_embd, cfg.n_embd, bias=False)
+        self.w_k = nn.Linear(cfg.n_embd, self.n_kv_head * self.d_k, bias=False)
+        self.w_v = nn.Linear(cfg.n_embd, self.n_kv_head * self.d_k, bias=False)
+        self.w_o = nn.Linear(cfg.n_embd, cfg.n_embd, bias=False)
 
     def forward(self, x, mask, cache=None, layer=0):
         B, T, C = x.shape
         q, k, v = (w(x).view(B, T, -1, self.d_k).transpose(1, 2) for w in (self.w_q, self.w_k, self.w_v))
         if cache is not None:
-            k, v = cache.append(layer, k, v)  # S = tokens before + T of them
-        # G heads of queries that share keys stand one below the other, like more queries of one head.
-        q = q.reshape(B * self.n_kv_head, -1, self.d_k)  # (B n_kv_head, G T, d_k)
-        k, v = k.flatten(0, 1), v.flatten(0, 1)  # (B n_kv_head, S, d_k)
-        # Equation 1. The mask is what the product is added to and the scale a factor of it: neither costs a pass.
-        scores = torch.baddbmm(mask, q, k.mT, alpha=1 / math.sqrt(self.d_k))  # (B n_kv_head, G T, S)
-        y = scores.softmax(dim=-1) @ v  # (B n_kv_head, G T, d_k)
-        return self.w_o(y.view(B, self.n_head, T, self.d_k).transpose(1, 2).reshape(B, T, C))
+            k, v = cache.append(layer, k, v)  # (B, n_kv_head, S, d_k), S = tokens before + T
+        # The G = n_head / n_kv_head query heads of a key head become one head with G T queries: keys are not repeated.
+        q = q.reshape(B, self.n_kv_head, -1, self.d_k) / math.sqrt(self.d_k)  # (B, n_kv_head, G T, d_k)
+        scores = (q @ k.mT).view(B, self.n_head, T, -1) + mask.type_as(q)  # equation 1, (B, n_head, T, S)
+        weights = scores.softmax(-1).view(*q.shape[:-1], -1)  # (B, n_kv_head, G T, S)
+        y = (weights @ v).view(B, self.n_head, T, self.d_k)
+        return self.w_o(y.transpose(1, 2).reshape(B, T, C))  # (B, n_head, T, d_k) -> (B, T, C)
 
 
 class FeedForward(nn.Module):
-    """Two linear maps with a ReLU between (3.3, equation 2)."""
+    """Two linear maps with a ReLU between them (3.3, equation 2)."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -174,22 +175,19 @@ class Block(nn.Module):
 class Model(nn.Module):
     """A decoder-only transformer. model(idx) -> logits (B, T, V); model(idx, targets) -> mean cross-entropy in nats, a
     scalar, with smoothed labels in training; model(idx, cache=cache) -> logits (B, 1, V) for the token after idx, which
-    continues what the cache has seen. Texts of different lengths share a batch if they are padded on the left: lengths
-    (B), given with the first tokens, says how many at the end of each row are text (1 to T). Then each row gets the
-    logits that it has alone. Raises ValueError if a text is longer than block_size, lengths come late, or the numbers
-    of channels, heads and key heads do not divide each other."""
+    continues what the cache has seen. Raises ValueError for heads that do not divide the width or each other, for an
+    odd width, and for a text longer than block_size."""
 
     ahead = 1  # row i of the logits scores token i + ahead
 
     def __init__(self, cfg):
         super().__init__()
-        n_kv_head = cfg.n_kv_head or cfg.n_head
         if cfg.n_embd % cfg.n_head or cfg.n_embd % 2:
             raise ValueError(f"n_embd {cfg.n_embd} is not even, or not a multiple of n_head {cfg.n_head}")
-        if n_kv_head < 1 or cfg.n_head % n_kv_head:
-            raise ValueError(f"n_head {cfg.n_head} is not a multiple of n_kv_head {n_kv_head}")
-        self.cfg, self.n_kv_head = cfg, n_kv_head
-        padded = math.ceil(cfg.vocab_size / 64) * 64  # matrix products like round sizes; no one sees the extra ids
+        if cfg.n_head % (cfg.n_kv_head or cfg.n_head):
+            raise ValueError(f"n_head {cfg.n_head} is not a multiple of n_kv_head {cfg.n_kv_head}")
+        self.cfg = cfg
+        padded = math.ceil(cfg.vocab_size / 64) * 64  # for faster matmuls; padded logits are sliced off
         self.embedding = nn.Embedding(padded, cfg.n_embd)
         self.register_buffer("positions", positions(cfg.block_size, cfg.n_embd), persistent=False)
         self.drop = nn.Dropout(cfg.dropout)
@@ -197,45 +195,39 @@ class Model(nn.Module):
         self.head = nn.Linear(cfg.n_embd, padded)
         for name, p in self.named_parameters():
             if "embedding" in name:
-                nn.init.normal_(p, std=cfg.n_embd**-0.5)  # times sqrt(C): of the sinusoids' size
+                nn.init.normal_(p, std=cfg.n_embd**-0.5)  # times sqrt(C): about as large as the sinusoids
             elif p.dim() == 2:
                 nn.init.xavier_uniform_(p)
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
 
-    def mask(self, T, S, pad):
-        """What is added to the scores, 0 or -inf, (1 or B n_kv_head, G T, S): query t stands at position S - T + t and
-        sees the keys up to there, but none of the first pad[b] of row b. G = n_head / n_kv_head."""
-        key = torch.arange(S, device=self.positions.device)
-        query = key[S - T :, None]
-        unseen = (key > query)[None]  # (1, T, S)
-        if pad is not None:  # padding sees itself: a softmax needs one key
-            unseen = unseen | (key < pad[:, None, None]) & (key != query)  # (B, T, S)
-            unseen = unseen.repeat_interleave(self.n_kv_head, dim=0)
-        mask = self.positions.new_zeros(unseen.shape).masked_fill(unseen, -math.inf)
-        return mask.repeat(1, self.cfg.n_head // self.n_kv_head, 1)
-
-    def forward(self, idx, targets=None, cache=None, lengths=None):
+    def forward(self, idx, targets=None, cache=None):
         T, past = idx.size(1), cache.length if cache is not None else 0
         if past + T > self.cfg.block_size:
             raise ValueError(f"{past + T} tokens do not fit block_size {self.cfg.block_size}")
-        if past and lengths is not None:
-            raise ValueError("lengths belong to the first tokens that a cache is fed")
-        pad = cache.pad if past else None if lengths is None else T - lengths
-        position = torch.arange(past, past + T, device=idx.device)
-        if pad is not None:
-            position = (position - pad[:, None]).clamp(min=0)  # (B, T)
-        x = self.drop(math.sqrt(self.cfg.n_embd) * self.embedding(idx) + self.positions[position])  # (B, T, C)
-        mask = self.mask(T, past + T, pad)
+        x = self.drop(math.sqrt(self.cfg.n_embd) * self.embedding(idx) + self.positions[past : past + T])  # (B, T, C)
+        # Query t has position past + t and sees the keys up to there: 0 is added to their scores, -inf to all others.
+        mask = x.new_full((T, past + T), -math.inf).triu(past + 1)
         for layer, block in enumerate(self.h):
             x = block(x, mask, cache, layer)
         if cache is not None:
-            cache.length, cache.pad = past + T, pad
+            cache.length += T
             x = x[:, -self.ahead :]
         if targets is not None:
             loss = linear_cross_entropy(x, self.head.weight, targets, self.cfg.vocab_size, self.head.bias)
+            if self.training and self.cfg.label_smoothing > 0:
+                loss = loss + self.cfg.label_smoothing * self.smoothing(x, targets)
             return loss
         return self.head(x)[..., : self.cfg.vocab_size]  # (B, T, V)
+
+    def smoothing(self, x, targets):
+        """What label smoothing (5.4) adds to the cross-entropy, divided by epsilon: log-probability of the target minus
+        the mean over the vocabulary, which is logit of the target - mean logit, without (B, T, V) logits; a scalar."""
+        weight, bias = (p[: self.cfg.vocab_size] for p in (self.head.weight, self.head.bias))
+        w, b = weight[targets] - weight.mean(0), bias[targets] - bias.mean()  # (B, T, C), (B, T)
+        difference = (x * w).sum(-1) + b  # elementwise, so autocast leaves it in float32
+        counted = targets >= 0
+        return (difference * counted).sum() / counted.sum()
 
     def new_cache(self, batch_size):
         return Cache(self.cfg, batch_size, self.positions)
@@ -250,16 +242,16 @@ def configure_optimizer(model, cfg):
 
 
 def learning_rate(step, cfg):
-    """Of the step after `step` steps. Equation 3 of 5.3: n_embd^-0.5 min(s^-0.5, s warmup^-1.5), s counting from 1; its
-    peak, (n_embd warmup)^-0.5 at s = warmup, may be set to another value."""
-    warmup = min(cfg.warmup_steps, cfg.max_steps // 2)  # a short run gets over it, too
+    """Learning rate at step `step`, counted from 0: n_embd^-0.5 min(s^-0.5, s warmup^-1.5), s counted from 1 (5.3,
+    equation 3). Its peak at s = warmup is (n_embd warmup)^-0.5; --learning-rate sets another peak."""
+    warmup = max(1, min(cfg.warmup_steps, cfg.max_steps // 2))  # a short run reaches the peak, too
     peak = cfg.learning_rate or (cfg.n_embd * max(1, cfg.warmup_steps)) ** -0.5
-    s = (step + 1) / max(1, warmup)
+    s = (step + 1) / warmup
     return peak * min(s**-0.5, s)
 
 
 def grow(model, optimizer, cfg, step):
-    """Called before each step and after the last. Returns True if it changed the network: this one stays as it is."""
+    """Called before each step and after the last; returns True if it changed the network. This network never grows."""
     return False
 
 
