@@ -132,7 +132,7 @@ def test_merges_equal_the_reference_on_small_and_random_words():
     assert prepare_data.train_bpe({"aab": 2}, 1000)[256:] == [b"ab", b"aab"]
     rng = random.Random(0)
     for _ in range(300):
-        letters = rng.choice(["a", "ab", "abc", "aé漢"])
+        letters = rng.choice(["a", "ab", "abc", "a\0", "aé漢"])
         words = ["".join(rng.choices(letters, k=rng.randint(1, 12))) for _ in range(rng.randint(1, 8))]
         words, vocab_size = {word: rng.randint(1, 4) for word in words}, rng.randint(257, 290)
         assert prepare_data.train_bpe(words, vocab_size) == reference_bpe(words, vocab_size)[0], words
