@@ -1,4 +1,4 @@
-"""Convolution attention: compress 64 tokens into one, attend where the text is short, expand back.
+"""Convolution attention: compress 64 tokens into one vector, attend over the short sequence, expand it again.
 
     idx (B, T)                                                            logits (B, T, V)
       | wte + wpe                                                           ^ ln_f, transpose of wte
@@ -9,20 +9,20 @@
     (B, T/64, 384)                    +-->   2 blocks   ---+
                          compress: Linear(4 C, 2 C)      expand: Linear(2 C, 4 C)
 
-Four neighbours become one by a Linear over their vectors side by side (a Conv1d whose kernel is its stride), and one
-becomes four by a Linear the other way (a ConvTranspose1d). What may the compressed middle know? Two honest answers:
+`compress` maps four neighbouring vectors, concatenated, to one: a Conv1d whose kernel size is its stride. `expand` maps
+one vector to four: a ConvTranspose1d with a bias for each of the four. There are two ways to train this:
 
---ahead 64, the source's objective: row i scores token i + 64. A block of 64 tokens is read whole, and all 64 of the
-    next are predicted at once, none knowing what the others will be. Sampling makes 64 tokens a pass.
---ahead 1, next-token prediction the way of Hourglass (Nawrot et al. 2022, arXiv 2110.13711, sections 2.1 and 2.2):
-    before each compression the sequence shifts right by 3, so that a group of four is complete when its last token is
-    the newest one there is, and a skip connection leads around each shortened part. A cached step is clockwork: the
-    second level runs at every 4th token, the third at every 16th, the deepest at every 64th.
+--ahead 64, the source's objective: row i scores token i + 64. A block of 64 tokens is read whole, and the 64 tokens of
+    the next one are predicted at once, independently of each other. Sampling makes 64 tokens per forward pass.
+--ahead 1, next-token prediction as in Hourglass (Nawrot et al. 2022, arXiv 2110.13711): the sequence is shifted right
+    by 3 before it is compressed, so that a group of four is complete when its last token is the newest one (section
+    2.2), and a skip connection leads around each shortened part (section 2.3, algorithm 1). With a cache the second
+    level is computed at every 4th token only, the third at every 16th, the deepest at every 64th.
 
-And a dishonest one. The source expands with a Conv1d that takes positions for channels: every output position is a mix
-of all input positions, later ones too, and targets 64 ahead in a window of 1024 lie inside the input 960 times of 1024.
-Its loss of 1.42, where GPT-2 had 3.54, is the loss of reading the answer. --expander sequence keeps it as an exhibit:
-on i.i.d. tokens over 4 symbols, where nothing honest gets below ln 4 = 1.386, 300 steps take it to 1.21.
+The source's own expander leaks the targets: it is a Conv1d that takes positions for channels, so every output position
+is a mix of all input positions, later ones too, and of the 1,024 targets of a window 960 are among its inputs. Its
+published loss of 1.42, where GPT-2 has 3.54, is that of copying them. --expander sequence keeps it as an exhibit: on
+i.i.d. tokens over 4 symbols, where no model can predict better than ln 4 = 1.386 nats, @LEAK@
 
 Source: github.com/swortaljuju/lmsmall, "Convolution Attention Model", without its leak.
 
@@ -30,7 +30,8 @@ Source: github.com/swortaljuju/lmsmall, "Convolution Attention Model", without i
     python conv_attention.py --preset demo --ahead 1 --out out/hourglass    the same, next-token prediction
     python conv_attention.py --device cuda                                  the source's size on one GPU
 
-In the diff with gpt2.py: Level, and a cache with a pace for each level. Attention, MLP and Block are the same.
+In the diff with gpt2.py: Level, and LevelsCache, whose levels advance at different rates. Attention, MLP and Block are
+the same.
 """
 
 import argparse
@@ -56,32 +57,32 @@ from torch.utils.flop_counter import FlopCounterMode
 
 @dataclass
 class Config:
-    # The network. A checkpoint fixes these; what follows may change when a run is resumed.
-    vocab_size: int = 50257  # token ids; a new run takes the number of its data set
+    # The network. A checkpoint fixes these; the options below may change when a run is resumed.
+    vocab_size: int = 50257  # vocabulary size; training takes that of its data set
     block_size: int = 1024  # longest context, in tokens
     n_layer: str = "1,2,2,2,2,2,1"  # blocks on the way down (3 levels), at the bottom, and on the way up (3)
     n_head: int = 6  # attention heads, at every level
-    n_embd: int = 48  # width of the full-length level, in channels
-    widths: str = "2,4,8"  # of the three shortened levels, in multiples of n_embd
-    eot: int = 50256  # end-of-text id, with which short prompts are padded; training takes that of its data set
-    ahead: int = 64  # 64: a block of 64 tokens is predicted from the blocks before; 1: each token from those before
-    expander: str = "local"  # local: one token becomes four; sequence: the source's, an exhibit that sees the future
-    dropout: float = 0.0  # probability, at the embedding, attention weights and both ends of a block
+    n_embd: int = 48  # width of the residual stream at full length, in channels
+    widths: str = "2,4,8"  # widths of the three shortened levels, in multiples of n_embd
+    ahead: int = 64  # 64: predict the next 64 tokens from whole blocks of 64; 1: the next token from all before it
+    expander: str = "local"  # local: one vector becomes four; sequence: the source's, an exhibit that leaks the targets
+    eot: int = -1  # end-of-text id, which pads short prompts; -1: the last id; training takes that of its data set
+    dropout: float = 0.0  # probability, at the embedding, attention weights and the output of each sublayer
     # The run.
     data: str = "data/stdlib"  # folder that prepare_data.py wrote
     out: str = "out/conv_attention"  # folder for ckpt.pt, best.pt and log.csv
-    device: str = "auto"  # cpu, cuda, cuda:1, mps; auto takes a CUDA GPU if there is one
-    dtype: str = "auto"  # float32 or bfloat16 (autocast); auto takes bfloat16 where the device computes in it
-    compile: bool | None = None  # torch.compile; when not given, on CUDA alone
+    device: str = "auto"  # cpu, cuda, cuda:1, mps; auto: a CUDA GPU if there is one
+    dtype: str = "auto"  # float32 or bfloat16 (autocast); auto: bfloat16 where it is fast
+    compile: bool | None = None  # torch.compile; None: on CUDA only
     seed: int = 1337  # of weights, batches and dropout
     max_steps: int = 80_000  # optimizer steps
-    batch_size: int = 8  # sequences an optimizer step, over all devices
-    micro_batch: int = 8  # sequences a forward pass on one device; gradients add up to batch_size
+    batch_size: int = 8  # sequences per optimizer step, over all devices
+    micro_batch: int = 8  # sequences per forward pass on one device; gradients accumulate to batch_size
     eval_interval: int = 500  # steps between evaluations, each followed by a checkpoint
-    eval_tokens: int = 2**16  # tokens at the start of val.bin that these evaluations score; the last scores all
+    eval_tokens: int = 2**16  # tokens at the start of val.bin that these evaluations score
     log_interval: int = 10  # steps between lines of log.csv
-    learning_rate: float = 6e-4  # its peak
-    warmup_steps: int = 100  # steps of linear warm-up, before a cosine to zero
+    learning_rate: float = 6e-4  # peak
+    warmup_steps: int = 100  # steps of linear warm-up, before a cosine decay to zero
     weight_decay: float = 0.1  # of matrices and embeddings, not of biases and norms
     grad_clip: float = 1.0  # largest norm of the gradient
 
@@ -103,7 +104,7 @@ class Cache:
         self.length = 0
 
     def append(self, layer, k, v):
-        """Stores a layer's new keys and values (B, nh, T, hs); returns those of all tokens (B, nh, length + T, hs)."""
+        """Stores a layer's new keys and values (B, nh, T, hs); returns all of them (B, nh, length + T, hs)."""
         end = self.length + k.size(2)
         self.k[layer, :, :, self.length : end] = k
         self.v[layer, :, :, self.length : end] = v
@@ -118,27 +119,26 @@ class Cache:
 
 
 class LevelsCache:
-    """What each level holds of the text so far: its Cache, and with ahead = 1 its `newest` 3 vectors, which the next
-    group begins with, and what has been expanded for positions that have not come yet, `early`."""
+    """The text so far, and what each level has computed of it: a Cache of keys and values, and with ahead = 1 the
+    `newest` 3 vectors, which the next group begins with, and those `expanded` for positions that are still to come."""
 
     def __init__(self, model, batch_size, like):
-        levels = [level for level in model.modules() if isinstance(level, Level)]
-        self.levels = [Cache(level.cfg, batch_size, like) for level in levels]
-        for cache, level in zip(self.levels, levels):
-            cache.newest = like.new_zeros(batch_size, 3, level.cfg.n_embd)
-            cache.early = like.new_zeros(batch_size, 0, level.cfg.n_embd)
+        self.ahead, self.expander = model.ahead, model.cfg.expander
         self.text = torch.zeros(batch_size, 0, dtype=torch.long, device=like.device)
-        self.ahead = model.ahead
+        self.levels = []
+        for cfg in (module.cfg for module in model.modules() if isinstance(module, Level)):
+            self.levels.append(Cache(cfg, batch_size, like))
+            self.levels[-1].newest = self.levels[-1].expanded = like.new_zeros(batch_size, 0, cfg.n_embd)
 
     @property
     def length(self):
         return self.text.size(1)
 
     def feed(self, idx):
-        """Takes in new tokens; returns those to be read. With ahead = 64 these are all, unless whole blocks have come:
-        blocks end where the text ends, so the old ones have moved."""
+        """Appends new tokens to the text; returns those to compute. They are the new ones alone, unless they move the
+        boundaries of the blocks of 64, which end where the text ends, or the expander mixes all positions anyway."""
         self.text = torch.cat([self.text, idx], 1)
-        if idx.size(1) % self.ahead == 0:
+        if idx.size(1) % self.ahead == 0 and self.expander == "local":
             return idx
         for cache in self.levels:
             cache.length = 0
@@ -149,7 +149,7 @@ class LevelsCache:
         self.text = self.text[rows]
         for cache in self.levels:
             cache.select(rows)
-            cache.newest, cache.early = cache.newest[rows], cache.early[rows]
+            cache.newest, cache.expanded = cache.newest[rows], cache.expanded[rows]
 
 
 class Attention(nn.Module):
@@ -168,7 +168,7 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.append(layer, k, v)  # (B, nh, S, hs), S = tokens before + T
         S = k.size(2)
-        mask = None  # query t stands at position S - T + t, and sees the keys up to there
+        mask = None  # query t has position S - T + t and sees the keys up to there
         if 1 < T < S:
             mask = torch.ones(T, S, dtype=torch.bool, device=x.device).tril(S - T)
         # What scaled_dot_product_attention computes, without ever holding the (T, S) weights in memory:
@@ -205,8 +205,8 @@ class Block(nn.Module):
 
 
 class SequenceExpander(nn.Conv1d):
-    """The source's expander, (B, S, 2 C) -> (B, 4 S, C): positions are its channels, and no mask keeps a position from
-    those after it. An exhibit."""
+    """The source's expander, (B, S, 2 C) -> (B, 4 S, C), an exhibit: its channels are the positions, each of which sees
+    all others. A shorter text takes the first rows and columns of the weights."""
 
     def __init__(self, length):
         super().__init__(length, 4 * length, kernel_size=2, stride=2)
@@ -216,8 +216,8 @@ class SequenceExpander(nn.Conv1d):
         return F.conv1d(x, self.weight[: 4 * S, :S], self.bias[: 4 * S], stride=2)
 
 
-def stations(cfg):
-    """Config's strings as numbers: the blocks at each of the 7 stations, the widths of the 4 levels."""
+def sizes(cfg):
+    """The numbers in Config's strings: blocks (3 levels down, bottom, 3 up), and widths of the 4 levels in channels."""
     try:
         n_layer, widths = [int(n) for n in cfg.n_layer.split(",")], [float(w) for w in f"1,{cfg.widths}".split(",")]
     except ValueError:
@@ -228,11 +228,11 @@ def stations(cfg):
 
 
 class Level(nn.Module):
-    """Blocks at one length; between those on the way down and those on the way up, the shorter levels."""
+    """Blocks at one sequence length; between those on the way down and those on the way up, the shorter levels."""
 
     def __init__(self, cfg, depth=0):
         super().__init__()
-        n_layer, widths = stations(cfg)
+        n_layer, widths = sizes(cfg)
         down, up = n_layer[depth], n_layer[6 - depth] if depth < 3 else 0
         length = math.ceil(cfg.block_size / 64) * 64 // 4**depth
         self.cfg = replace(cfg, n_embd=widths[depth], n_layer=down + up, block_size=length)
@@ -246,67 +246,68 @@ class Level(nn.Module):
             self.ln_e, self.expand = nn.LayerNorm(C2), nn.Linear(C2, 4 * C)
             if cfg.expander == "sequence":
                 if 2 * C != C2:
-                    raise ValueError(f"expander 'sequence' halves a width: {C2} must be twice {C}")
+                    raise ValueError(f"--expander sequence needs each width to be twice the one before: {widths}")
                 self.expand = SequenceExpander(self.inner.cfg.block_size)
 
-    def forward(self, x, caches=None):
-        cache = caches[self.depth] if caches else None
+    def forward(self, x, caches):
+        cache = caches[self.depth]
         for layer, block in enumerate(self.down):
             x = block(x, cache, layer)
         if self.depth < 3:
-            x = self.shorten(x, caches)
-            for layer, block in enumerate(self.up, len(self.down)):
-                x = block(x, cache, layer)
+            x = self.shortened(x, caches)
+        for layer, block in enumerate(self.up, len(self.down)):
+            x = block(x, cache, layer)
         if cache is not None:
             cache.length += x.size(1)
         return x
 
-    def shorten(self, x, caches):
-        """What the shorter levels make of x (B, T, C), as (B, T, C)."""
+    def shortened(self, x, caches):
+        """Compresses x (B, T, C), runs the shorter levels, expands what they return to (B, T, C)."""
         B, T, C = x.shape
-        cache = caches[self.depth] if caches else None
-        if not self.shift:  # whole blocks of 64: at every level, groups of 4 that end where the text ends
+        if not self.shift:  # whole blocks of 64, that is groups of 4 at every level
             x = self.compress(self.ln_c(x).reshape(B, T // 4, 4 * C))  # (B, T/4, C')
             return self.expand(self.ln_e(self.inner(x, caches))).view(B, T, C)
-        # Group j is tokens 4j - 3 to 4j. Token 4j completes it, and it is expanded for tokens 4j to 4j + 3.
+        # Group j is tokens 4j - 3 to 4j. It is complete with token 4j, and expanded for tokens 4j to 4j + 3.
+        cache = caches[self.depth]
         past = cache.length if cache is not None else 0
-        seen = F.pad(x, (0, 0, 3, 0)) if cache is None else torch.cat([cache.newest, x], 1)  # from token past - 3 on
-        early = x[:, :0] if cache is None else cache.early  # expanded for tokens from `past` on
-        first = -past % 4  # where in `seen` the next group begins
+        seen = torch.cat([cache.newest, x], 1) if past else F.pad(x, (0, 0, 3, 0))  # from token past - 3 on
+        expanded = cache.expanded if past else x[:, :0]  # for tokens from `past` on
+        first = -past % 4  # index in `seen` at which the next group begins
         if n := (3 + T - first) // 4:
-            groups = self.compress(self.ln_c(seen[:, first : first + 4 * n]).reshape(B, n, 4 * C))  # (B, n, C')
+            groups = seen[:, first : first + 4 * n]  # (B, 4 n, C)
+            groups = self.compress(self.ln_c(groups).reshape(B, n, 4 * C))  # (B, n, C')
             late = self.expand(self.ln_e(self.inner(groups, caches))).view(B, 4 * n, C)
-            early = torch.cat([early, late], 1)
+            expanded = torch.cat([expanded, late], 1)
         if cache is not None:
-            cache.newest, cache.early = seen[:, -3:], early[:, T:]
-        return x + early[:, :T]
+            cache.newest, cache.expanded = seen[:, -3:], expanded[:, T:]
+        return x + expanded[:, :T]
 
 
 class Model(nn.Module):
     """Convolution attention. model(idx) -> logits (B, T, V), row i scores token i + ahead; model(idx, targets) -> mean
     cross-entropy in nats, a scalar; model(idx, cache=cache) -> logits (B, ahead, V) for the tokens after idx, which
-    continues what the cache has seen. Raises ValueError if the heads do not divide a width, a text is longer than
-    block_size, or the exhibit is asked to sample."""
+    continues what the cache has seen. Raises ValueError for sizes that do not fit each other, and for a text longer
+    than block_size."""
 
     def __init__(self, cfg):
         super().__init__()
-        if any(width % cfg.n_head for width in stations(cfg)[1]):
-            raise ValueError(f"widths {stations(cfg)[1]} are not all multiples of n_head {cfg.n_head}")
+        n_layer, widths = sizes(cfg)
+        if any(width % cfg.n_head for width in widths):
+            raise ValueError(f"widths {widths} are not all multiples of n_head {cfg.n_head}")
         if cfg.ahead not in (1, 64) or cfg.expander not in ("local", "sequence"):
             raise ValueError(f"ahead {cfg.ahead} must be 1 or 64, expander {cfg.expander!r} 'local' or 'sequence'")
         if cfg.expander == "sequence":
-            print("warning: --expander sequence sees the future: its loss is that of reading it", file=sys.stderr)
+            print("warning: --expander sequence leaks the targets: its loss says nothing", file=sys.stderr)
         self.cfg, self.ahead = cfg, cfg.ahead
-        padded = math.ceil(cfg.vocab_size / 64) * 64  # matrix products like round sizes; no one sees the extra ids
+        padded = math.ceil(cfg.vocab_size / 64) * 64  # for faster matmuls; padded logits are sliced off
         self.wte = nn.Embedding(padded, cfg.n_embd)
         self.wpe = nn.Embedding(math.ceil(cfg.block_size / 64) * 64, cfg.n_embd)
         self.drop = nn.Dropout(cfg.dropout)
         self.level = Level(cfg)
         self.ln_f = nn.LayerNorm(cfg.n_embd)
-        n_layer = sum(stations(cfg)[0])
         for name, p in self.named_parameters():
-            if p.dim() == 2:  # the stream is a sum of 2 n_layer terms: scaled so that it starts no wider for it
-                nn.init.normal_(p, std=0.02 / math.sqrt(2 * n_layer) if "c_proj" in name else 0.02)
+            if p.dim() == 2:  # residual projections are scaled by 1 / sqrt(2 n_layer): that many are added up
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * sum(n_layer)) if "c_proj" in name else 0.02)
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
 
@@ -317,19 +318,17 @@ class Model(nn.Module):
         if cache is not None:
             idx = cache.feed(idx)
             past = cache.levels[0].length
-        if self.ahead > 1:  # a block ends where the text does; end of text, the last id there is, fills up the first
-            idx = F.pad(idx, (-idx.size(1) % 64, 0), value=self.cfg.eot)
+        # Blocks of `ahead` tokens end where the text ends: end of text fills up the first one.
+        idx = F.pad(idx, (-idx.size(1) % self.ahead, 0), value=self.cfg.eot % self.cfg.vocab_size)
         position = torch.arange(past, past + idx.size(1), device=idx.device)
-        x = self.drop(self.wte(idx) + self.wpe(position))  # (B, T, C)
-        x = self.level(x, cache and cache.levels)
-        x = self.ln_f(x[:, -(self.ahead if cache is not None else T) :])
+        x = self.drop(self.wte(idx) + self.wpe(position))  # (B, T, C), T now a multiple of `ahead`
+        x = self.level(x, [None] * 4 if cache is None else cache.levels)
+        x = self.ln_f(x[:, -(T if cache is None else self.ahead) :])
         if targets is not None:
             return linear_cross_entropy(x, self.wte.weight, targets, self.cfg.vocab_size)
         return F.linear(x, self.wte.weight)[..., : self.cfg.vocab_size]  # (B, T, V)
 
     def new_cache(self, batch_size):
-        if self.cfg.expander == "sequence":
-            raise ValueError("--expander sequence reads tokens that are not there yet: it cannot sample")
         return LevelsCache(self, batch_size, self.wte.weight)
 
 
@@ -337,18 +336,16 @@ class Model(nn.Module):
 
 
 def configure_optimizer(model, cfg):
-    """AdamW (Loshchilov and Hutter 2019), decaying what multiplies (matrices, embeddings) and not what adds."""
+    """AdamW (Loshchilov and Hutter 2019), with weight decay on matrices and embeddings, none on biases and norms."""
     params = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in params if p.dim() >= 2], "weight_decay": cfg.weight_decay},
-        {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0},
-    ]
+    decay, rest = [p for p in params if p.dim() >= 2], [p for p in params if p.dim() < 2]
+    groups = [{"params": decay, "weight_decay": cfg.weight_decay}, {"params": rest, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
 
 
 def learning_rate(step, cfg):
-    """Of the step after `step` steps: linear warm-up to the peak, then half a cosine to zero at max_steps."""
-    warmup = min(cfg.warmup_steps, cfg.max_steps // 2)  # a short run gets over it, too
+    """Learning rate at step `step`, counted from 0: linear warm-up to the peak, then a cosine to zero at max_steps."""
+    warmup = min(cfg.warmup_steps, cfg.max_steps // 2)  # a short run reaches the peak, too
     if step < warmup:
         return cfg.learning_rate * (step + 1) / warmup
     done = (step - warmup) / (cfg.max_steps - warmup)
@@ -356,7 +353,7 @@ def learning_rate(step, cfg):
 
 
 def grow(model, optimizer, cfg, step):
-    """Called before each step and after the last. Returns True if it changed the network: GPT-2 stays as it is."""
+    """Called before each step and after the last; returns True if it changed the network. This network never grows."""
     return False
 
 
@@ -396,11 +393,11 @@ def evaluate(model, tokens, eot, amp, stride=None):
     return total / n
 
 
-def open_data(folder):
+def open_data(data):
     """What prepare_data.py wrote: (meta.json, what a checkpoint keeps of the tokenizer, a memory map of each split)."""
-    path = Path(folder)
+    path = Path(data)
     if not (path / "meta.json").is_file():
-        raise ValueError(f"{path} is no data set. Try: python prepare_data.py {path if path.is_file() else 'stdlib'}")
+        raise ValueError(f"{path}: no data. Try python prepare_data.py {repr(data) if path.is_file() else 'stdlib'}")
     meta = json.loads((path / "meta.json").read_text(encoding="utf-8"))
     ranks = (path / "tokenizer.tiktoken").read_text(encoding="utf-8") if meta["tokenizer"].startswith("bpe:") else ""
     tokenizer = {"name": meta["tokenizer"], "eot": meta["eot"], "vocab_size": meta["vocab_size"], "ranks": ranks}

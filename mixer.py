@@ -348,11 +348,11 @@ def evaluate(model, tokens, eot, amp, stride=None):
     return total / n
 
 
-def open_data(folder):
+def open_data(data):
     """What prepare_data.py wrote: (meta.json, what a checkpoint keeps of the tokenizer, a memory map of each split)."""
-    path = Path(folder)
+    path = Path(data)
     if not (path / "meta.json").is_file():
-        raise ValueError(f"{path} is no data set. Try: python prepare_data.py {path if path.is_file() else 'stdlib'}")
+        raise ValueError(f"{path}: no data. Try python prepare_data.py {repr(data) if path.is_file() else 'stdlib'}")
     meta = json.loads((path / "meta.json").read_text(encoding="utf-8"))
     ranks = (path / "tokenizer.tiktoken").read_text(encoding="utf-8") if meta["tokenizer"].startswith("bpe:") else ""
     tokenizer = {"name": meta["tokenizer"], "eot": meta["eot"], "vocab_size": meta["vocab_size"], "ranks": ranks}

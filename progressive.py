@@ -8,8 +8,8 @@
 The idea: begin with few parameters, and let the layers become different as training proceeds. From stage 2 on the
 attention matrices are frozen and learn through LoRA (Hu et al. 2021, arXiv 2106.09685, section 4.1): W becomes
 W + alpha / rank B A, where B starts at zero. A copy computes what its original does, and B A is zero, so the loss is
-the same before and after a switch. The next switch adds B A to W. So each stage is a plain GPT-2 in what it computes:
---export writes that one as a checkpoint of gpt2.py. It samples faster, too: W + B A is not computed for each token.
+the same before and after a switch. The next switch adds B A to W. At every stage some plain GPT-2 computes the same:
+--export writes it as a checkpoint of gpt2.py, which samples faster, since W + B A is not summed again for each token.
 
 Source: github.com/swortaljuju/lmsmall, "Progressive Diverging model". Its code does not do what its text says: the
 optimizer is built before stages 2 and 3, so their tensors are never trained; LoRA is a second attention module with
@@ -183,8 +183,8 @@ class Block(nn.Module):
 class Model(nn.Module):
     """GPT-2 whose layers share blocks. model(idx) -> logits (B, T, V); model(idx, targets) -> mean cross-entropy in
     nats, a scalar; model(idx, cache=cache) -> logits (B, 1, V) for the token after idx, which continues what the cache
-    has seen. Raises ValueError for heads that do not divide the width, for a number of layers that blocks do not
-    divide, and for a text longer than block_size."""
+    has seen. Raises ValueError for heads that do not divide the width, a number of layers that is not a multiple of 4,
+    stages that are not two numbers, and a text longer than block_size."""
 
     ahead = 1  # row i of the logits scores token i + ahead
 
@@ -347,11 +347,11 @@ def evaluate(model, tokens, eot, amp, stride=None):
     return total / n
 
 
-def open_data(folder):
+def open_data(data):
     """What prepare_data.py wrote: (meta.json, what a checkpoint keeps of the tokenizer, a memory map of each split)."""
-    path = Path(folder)
+    path = Path(data)
     if not (path / "meta.json").is_file():
-        raise ValueError(f"{path} is no data set. Try: python prepare_data.py {path if path.is_file() else 'stdlib'}")
+        raise ValueError(f"{path}: no data. Try python prepare_data.py {repr(data) if path.is_file() else 'stdlib'}")
     meta = json.loads((path / "meta.json").read_text(encoding="utf-8"))
     ranks = (path / "tokenizer.tiktoken").read_text(encoding="utf-8") if meta["tokenizer"].startswith("bpe:") else ""
     tokenizer = {"name": meta["tokenizer"], "eot": meta["eot"], "vocab_size": meta["vocab_size"], "ranks": ranks}
