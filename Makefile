@@ -1,5 +1,5 @@
-# make          what can be done
-# make demo     on a machine with python3 and a package index: everything, in some minutes
+# make          lists the targets
+# make demo     installs, prepares text, trains and samples: needs python3 and a package index, takes some minutes
 SHELL := /bin/bash
 PYTHON ?= python3
 MODEL ?= gpt2
@@ -10,23 +10,24 @@ SCALE ?= cpu
 NANOGPT ?=
 PROMPT ?= def main(
 PY := .venv/bin/python
+export DATASET TOKENIZER NANOGPT PROMPT # the shell quotes them: "$$PROMPT" may hold any character
 
 help:
-	@echo 'make demo                       prepare text, train a small GPT-2 on it, print a sample of every decoder'
+	@echo 'make demo PROMPT="def main("     prepare text, train a small GPT-2 on it, print a sample of every decoder'
 	@echo 'make data DATASET=... TOKENIZER=...   token files in data/ (stdlib, tinystories, a .txt, ...; bpe:4096, gpt2, ...)'
 	@echo 'make train MODEL=gpt2 ARGS=...  train a model file; ARGS are its options: ARGS="--preset report --device cuda"'
-	@echo 'make compare SCALE=cpu          all models on the same tokens, as a table, a plot and samples in assets/; or gpu'
-	@echo 'make march                      the same parameters as width, depth, heads or gates: nine shapes of gpt2.py'
-	@echo 'make bench NANOGPT=DIR          speed beside nanoGPT (a clone of it), transformers, tokenizers and tiktoken'
+	@echo 'make compare SCALE=cpu          all models on the same tokens: tables, a plot and samples in results/; or gpu'
+	@echo 'make bench NANOGPT=DIR          speed beside nanoGPT (DIR is a clone of it), transformers, tokenizers and tiktoken'
 	@echo 'make test                       run the tests'
-	@echo 'make soak                       the long tests: kill, fill, damage, for twenty minutes'
+	@echo 'make soak                       run the long tests: killed runs and full disks'
 	@echo 'make lint                       check the code with ruff'
-	@echo 'make clean                      remove .venv and caches; data/ and out/ stay'
+	@echo 'make clean                      remove .venv and caches, but not data/ and out/'
 
-# Stamps: what is installed is installed again only when the list changes.
+# Stamps: packages are installed again only when their list changes.
 .venv/installed: requirements.txt
 	test -x $(PY) || $(PYTHON) -m venv .venv
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@echo 'Installed in .venv. To use its python in this shell: source .venv/bin/activate'
 	@touch $@
 
 .venv/installed-dev: requirements-dev.txt .venv/installed
@@ -36,10 +37,11 @@ help:
 demo: .venv/installed
 	test -f data/stdlib/meta.json || $(PY) prepare_data.py stdlib
 	$(PY) gpt2.py --preset demo --out out/demo $$(test -f out/demo/ckpt.pt && echo --resume)
-	$(PY) sample.py --ckpt out/demo/ckpt.pt --decode all --prompt '$(PROMPT)'
+	$(PY) sample.py --ckpt out/demo/ckpt.pt --decode all --prompt "$$PROMPT"
+	@echo 'To continue by yourself: source .venv/bin/activate; python sample.py --ckpt out/demo/ckpt.pt --prompt "import"'
 
 data: .venv/installed
-	$(PY) prepare_data.py '$(DATASET)' --tokenizer '$(TOKENIZER)' $(ARGS)
+	$(PY) prepare_data.py "$$DATASET" --tokenizer "$$TOKENIZER" $(ARGS)
 
 train: .venv/installed
 	$(PY) $(MODEL).py $(ARGS)
@@ -47,14 +49,10 @@ train: .venv/installed
 compare: .venv/installed-dev
 	$(PY) bench/compare.py --scale '$(SCALE)'
 
-march: .venv/installed-dev
-	$(PY) bench/march.py
-
 bench: .venv/installed-dev
-	test -z '$(NANOGPT)' || $(PY) bench/train.py --nanogpt '$(NANOGPT)'
+	test -z "$$NANOGPT" || $(PY) bench/train.py --nanogpt "$$NANOGPT"
 	$(PY) bench/decode.py
-	$(PY) bench/bpe.py
-	$(PY) bench/prepare.py --mb 50 --turns 3
+	$(PY) bench/data.py --mb 50 --turns 3
 
 test: .venv/installed-dev
 	$(PY) -m pytest -n auto
@@ -67,6 +65,6 @@ lint: .venv/installed-dev
 	$(PY) -m ruff format --check .
 
 clean:
-	rm -rf .venv __pycache__ tests/__pycache__ .pytest_cache .ruff_cache
+	rm -rf .venv __pycache__ bench/__pycache__ tests/__pycache__ .pytest_cache .ruff_cache
 
-.PHONY: help demo data train compare march bench test soak lint clean
+.PHONY: help demo data train compare bench test soak lint clean

@@ -1,20 +1,25 @@
-"""Training speed of gpt2.py beside nanoGPT's model and optimizer, on the CPU.
+"""Training speed: tokens/s and peak memory, contestants side by side.
 
-    python bench/train.py --nanogpt DIR        DIR: a clone of github.com/karpathy/nanoGPT
+    python bench/train.py                        each model file beside gpt2.py of its size
+    python bench/train.py --only mixer           those with "mixer" in their name
+    python bench/train.py --nanogpt DIR          gpt2.py beside nanoGPT; DIR: a clone of github.com/karpathy/nanoGPT
+    python bench/train.py "/old/gpt2.py --dtype float32" "gpt2.py --dtype float32"          any two or more commands
+    python bench/train.py "gpt2.py" "MALLOC_TRIM_THRESHOLD_=2000000000 gpt2.py"             an environment variable
 
-Contestants: nanoGPT as shipped (float32, eager) and gpt2.py as shipped; nanoGPT with torch.compile and fused AdamW
-switched on by hand, in float32 and with bfloat16 autocast, of which the faster counts, and gpt2.py --compile. Each is a
-process of its own, because memory that a process keeps is part of its speed; they take turns of some steps (A B A B
-...), the first of which do not count. A step is forward, backward, clipping and AdamW on the same random tokens. Prints
-tokens/s, the ratio of each turn to its pair, the most memory that the process held above what its imports take, and the
-tokens/s at which this machine's matrix product would do the model's products and nothing else.
+Every contestant is a process of its own, because memory that a process keeps is part of its speed. They take turns of
+a few steps (A B A B ...), of which the first does not count. A step is forward, backward, clipping and the optimizer on
+random tokens. Prints the median tokens/s of each, its peak memory above what its imports take, and for the last one the
+ratio of its speed to that of the fastest other: median and range over the turns.
 """
 
 import argparse
 import contextlib
+import importlib
 import io
+import os
 import platform
 import resource
+import shlex
 import statistics
 import subprocess
 import sys
@@ -23,107 +28,135 @@ from pathlib import Path
 
 import torch
 
-SHAPES = {  # n_layer, n_head, n_embd, block_size, batch, vocabulary
-    "4 layers, width 128, batch 16 x 256, 4,096 ids": (4, 4, 128, 256, 16, 4096),
-    "6 layers, width 192, batch 8 x 256, 50,304 ids": (6, 6, 192, 256, 8, 50304),
+ROOT = Path(__file__).resolve().parent.parent
+SHAPES = {
+    "4 layers, width 128, batch 16 x 256": "--n-layer 4 --n-head 4 --n-embd 128 --vocab-size 4096 --batch-size 16",
+    "6 layers, width 192, batch 8 x 256": "--n-layer 6 --n-head 6 --n-embd 192 --vocab-size 50304 --batch-size 8",
 }
-PAIRS = {  # gpt2.py's turns are compared with those of the fastest of its peers
-    "as shipped": (["nanoGPT"], "gpt2.py"),
-    "compiled": (["nanoGPT by hand, float32", "nanoGPT by hand, bfloat16"], "gpt2.py --compile"),
-}
+GROWN, SMALL = "--n-layer 12 --n-head 6 --n-embd 192", "--block-size 512 --n-layer 4 --n-embd 128 --batch-size 4"
+PAIRS = [
+    ("gpt2.py --block-size 1024 --n-layer 6 --batch-size 2", "conv_attention.py --preset hourglass"),
+    *((f"gpt2.py {GROWN}", f"progressive.py {GROWN} --stage {stage}") for stage in (1, 2, 3)),
+    ("gpt2.py --block-size 512 --n-layer 8 --n-head 4 --n-embd 256 --batch-size 4", "mixer.py --batch-size 4"),
+    *(
+        (f"gpt2.py {SMALL} --n-head 8", f"mixer.py {SMALL} {variant}")
+        for variant in ("", "--mixing expanded", "--mixing softmax", "--n-head 4", "--kernel 4", "--rotary")
+    ),
+    *((f"gpt2.py {SMALL} --n-head 8", f"gpt2.py {SMALL} --n-head {n}") for n in (4, 16)),
+    ("gpt2.py --n-layer 4 --n-head 8 --n-embd 512 --batch-size 10", "scratch_former.py"),
+]
 
 
-def take_turns(who, nanogpt, shape):
-    """Trains in this process: for each line of standard input as many steps as it says. Answers each with the median
-    seconds of a step and the most bytes held so far."""
-    n_layer, n_head, n_embd, block_size, batch, vocab_size = shape
+def machine(device="cpu"):
+    """What speed depends on, as one line."""
+    fast = [name for name in ("amx_bf16", "avx512_bf16") if torch.cpu.get_capabilities().get(name)]
+    cpu = f"{platform.machine()} {' '.join(fast) or 'without bfloat16'}, {torch.get_num_threads()} threads"
+    return f"torch {torch.__version__}, {cpu if device == 'cpu' else torch.cuda.get_device_name(device)}"
+
+
+def compare(ours, theirs):
+    """Median and range of the ratios of each of our turns to theirs, as text."""
+    ratios = sorted(a / b for a, b in zip(ours, theirs))
+    return f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
+
+
+def shell(command):
+    """(what a Python command prints, its seconds, its peak memory in bytes). Exits if it fails."""
+    print("$ python", command, file=sys.stderr, flush=True)
+    start = time.perf_counter()
+    process = subprocess.Popen([sys.executable, *shlex.split(command)], cwd=ROOT, stdout=subprocess.PIPE)
+    printed = process.stdout.read().decode()
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        sys.exit(f"{printed}python {command}: failed")
+    return printed, time.perf_counter() - start, 1024 * usage.ru_maxrss
+
+
+def take_turns(file, options):
+    """Trains in this process: as many steps as each line of stdin says. Answers each with tokens/s and bytes held."""
+    sys.path[:0] = [str(Path(ROOT, file).parent), str(ROOT)]
+    module = importlib.import_module(Path(file).stem)
+    ours = module if hasattr(module, "parse") else importlib.import_module("gpt2")
+    cfg = ours.parse(options)[0]
+    device, dtype = ours.choose_device(cfg.device, cfg.dtype)
     torch.manual_seed(0)
     torch.optim.AdamW([torch.zeros(1, requires_grad=True)], fused=True)  # imports more
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    by_hand, bf16 = "by hand" in who, "bfloat16" in who
-    if who.startswith("nanoGPT"):
-        sys.path.insert(0, nanogpt)
-        from model import GPT, GPTConfig
-
-        with contextlib.redirect_stdout(io.StringIO()):
-            model = GPT(GPTConfig(block_size, vocab_size, n_layer, n_head, n_embd, dropout=0.0, bias=False))
-            # its AdamW is fused where it believes that the device is a GPU
-            optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), "cuda" if by_hand else "cpu")
+    if module is ours:
+        torch.set_float32_matmul_precision("medium" if dtype == torch.bfloat16 else "highest")  # as `train` does
+        model = module.Model(cfg).to(device)
+        optimizer = module.configure_optimizer(model, cfg)
     else:
-        sys.path.insert(0, str(Path(__file__).parent.parent))
-        import gpt2
-
-        cfg = gpt2.Config(vocab_size, block_size, n_layer, n_head, n_embd, device="cpu")
-        bf16 = gpt2.choose_device(cfg, 0)[1] == torch.bfloat16
-        model = gpt2.Model(cfg)
-        optimizer = gpt2.configure_optimizer(model, cfg)
-    fast = torch.compile(model) if by_hand or "--compile" in who else model
-    amp = torch.autocast("cpu", torch.bfloat16, enabled=bf16)
-    idx, targets = torch.randint(vocab_size, (2, batch, block_size))
+        with contextlib.redirect_stdout(io.StringIO()):
+            shape = cfg.block_size, cfg.vocab_size, cfg.n_layer, cfg.n_head, cfg.n_embd
+            model = module.GPT(module.GPTConfig(*shape, dropout=0.0, bias=False)).to(device)
+            # nanoGPT's AdamW is fused where it is told that the device is a GPU.
+            optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), "cuda" if cfg.compile else device.type)
+    compiled = torch.compile(model) if cfg.compile or (cfg.compile is None and device.type == "cuda") else model
+    amp = torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
+    idx, targets = torch.randint(cfg.vocab_size, (2, cfg.batch_size, cfg.block_size), device=device)
     for line in sys.stdin:
-        seconds = []
+        start = time.perf_counter()
         for _ in range(int(line)):
-            start = time.perf_counter()
             with amp:
-                loss = fast(idx, targets)
-            (loss[1] if who.startswith("nanoGPT") else loss).backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                loss = compiled(idx, targets)
+            (loss if module is ours else loss[1]).backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()  # .item() waits for a GPU
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            seconds.append(time.perf_counter() - start)
-        most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-        print(statistics.median(seconds), 1024 * most, flush=True)
+        speed = int(line) * idx.numel() / (time.perf_counter() - start)
+        held = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+        print(speed, torch.cuda.max_memory_allocated() if device.type == "cuda" else held, flush=True)
 
 
-def most_tokens(shape):
-    """Tokens/s if a step were its matrix products alone, at the float32 speed of a large one here."""
-    n_layer, _, n_embd, block_size, _, vocab_size = shape
-    a, b, seconds = torch.randn(2048, 2048), torch.randn(2048, 2048), []
-    for _ in range(10):
-        start = time.perf_counter()
-        a @ b
-        seconds.append(time.perf_counter() - start)
-    weights = 12 * n_layer * n_embd**2 + vocab_size * n_embd
-    attention = n_layer * block_size * n_embd  # 2 products of half a triangle
-    return 2 * 2048**3 / statistics.median(seconds) / (6 * (weights + attention))
+def race(commands, turns, steps):
+    """Lets the commands take turns and prints what came out."""
+    processes, speeds, memory = [], [[] for _ in commands], [0.0 for _ in commands]
+    for command in commands:
+        words = command.split()
+        variables = [word for word in words if "=" in word and word[0] != "-"]
+        worker = [sys.executable, __file__, "--worker", *words[len(variables) :]]
+        env = os.environ | dict(word.split("=") for word in variables)
+        processes.append(subprocess.Popen(worker, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env))
+    for turn in range(1 + turns):
+        for i, process in enumerate(processes):
+            print(steps if turn else 3, file=process.stdin, flush=True)
+            speed, memory[i] = map(float, process.stdout.readline().split())
+            speeds[i] += [speed] * (turn > 0)
+    for process in processes:
+        process.communicate()
+    for command, found, held in zip(commands, speeds, memory):
+        print(f"  {command}: {statistics.median(found):,.0f} tokens/s, {held / 1e6:,.0f} MB")
+    best = max(range(len(commands) - 1), key=lambda i: statistics.median(speeds[i]))
+    print(f"  speed {compare(speeds[-1], speeds[best])}, memory {memory[-1] / memory[best]:.2f}", flush=True)
 
 
 def main():
+    if sys.argv[1:2] == ["--worker"]:
+        return take_turns(sys.argv[2], sys.argv[3:])
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--nanogpt", required=True, help="a clone of nanoGPT")
-    parser.add_argument("--turns", type=int, default=5, help="counted turns of each (default: %(default)s)")
+    parser.add_argument("command", nargs="*", help="a model file with options; the last is compared with the others")
+    parser.add_argument("--nanogpt", help="a clone of nanoGPT")
+    parser.add_argument("--only", default="", help="part of the names of the comparisons to run")
+    parser.add_argument("--device", default="cpu", help="(default: %(default)s)")
+    parser.add_argument("--turns", type=int, default=9, help="turns of each that count (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=2, help="steps of a turn (default: %(default)s)")
-    parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)  # who, shape: a process
     args = parser.parse_args()
-    if args.one:
-        take_turns(args.one[0], args.nanogpt, SHAPES[args.one[1]])
-        return
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {platform.processor() or platform.machine()}")
-    for name, shape in SHAPES.items():
-        rates, memory, most = {}, {}, []
-        command = [sys.executable, __file__, "--nanogpt", args.nanogpt, "--one"]
-        pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        contestants = [who for peers, ours in PAIRS.values() for who in (*peers, ours)]
-        running = {who: subprocess.Popen([*command, who, name], **pipes) for who in contestants}
-        for turn in range(1 + args.turns):
-            most.append(most_tokens(shape))
-            for who, process in running.items():
-                print(args.steps if turn else 3, file=process.stdin, flush=True)
-                seconds, held = map(float, process.stdout.readline().split())
-                memory[who] = held
-                if turn:
-                    rates.setdefault(who, []).append(shape[3] * shape[4] / seconds)
-        for process in running.values():
-            process.communicate()
-        print(f"{name}; its products alone: {statistics.median(most):,.0f} tokens/s")
-        for how, (peers, ours) in PAIRS.items():
-            best = max(peers, key=lambda who: statistics.median(rates[who]))
-            ratios = [b / a for a, b in zip(rates[best], rates[ours])]
-            for who in (*peers, ours):
-                found = statistics.median(rates[who])
-                print(f"  {who}: {found:,.0f} tokens/s, {memory[who] / 1e6:,.0f} MB")
-            print(f"  {how}: ratio {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}), memory "
-                  f"{memory[ours] / memory[best]:.2f}", flush=True)  # fmt: skip
+    races = {ours: (f"{peer} --vocab-size 4096", f"{ours} --vocab-size 4096") for peer, ours in PAIRS}
+    if args.command:
+        races = {"commands": args.command}
+    if args.nanogpt:
+        races, peer = {}, f"{Path(args.nanogpt).resolve()}/model.py"
+        for name, shape in SHAPES.items():
+            races[f"{name}, nanoGPT as shipped"] = f"{peer} {shape} --dtype float32", f"gpt2.py {shape}"
+            options = f"{shape} --compile"  # and fused AdamW, in the faster dtype
+            peers = (f"{peer} {options} --dtype {dtype}" for dtype in ("float32", "bfloat16"))
+            races[f"{name}, both compiled"] = *peers, f"gpt2.py {options}"
+    print(machine(args.device))
+    for name, commands in races.items():
+        if args.only in name:
+            print(name, flush=True)
+            race([f"{command} --device {args.device}" for command in commands], args.turns, args.steps)
 
 
 if __name__ == "__main__":
