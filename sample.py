@@ -179,7 +179,7 @@ def generate(
 
 def load(ckpt, device="cpu"):
     """(model, tokenizer) of a checkpoint: the Model of the file that wrote it, in eval mode, and a tiktoken.Encoding.
-    Raises FileNotFoundError, or ValueError if it is damaged or does not fit today's model file."""
+    Raises FileNotFoundError or ValueError if there is none, if it is damaged, or does not fit today's model file."""
     if Path(ckpt).is_dir():
         inside = [shlex.quote(str(path)) for path in Path(ckpt).glob("*.pt")]
         raise ValueError(f"{ckpt} is a folder. Checkpoints in it: {', '.join(sorted(inside)) or 'none'}")
@@ -243,7 +243,7 @@ def run(args):
             rows = [row[: row.index(eot)] if eot in row else row for row in new.tolist()]
             for i, row in enumerate(rows):
                 label = f"[{i + 1}] " if n_samples > 1 else ""
-                print("" if streams else label + prompt + tokenizer.decode(row, errors="replace"))
+                print("" if streams else label + prompt + tokenizer.decode(row, errors="replace"), flush=True)
             n, file = sum(map(len, rows)), sys.stdout if args.decode == "all" else sys.stderr
             print(f"({n} tokens, {n / seconds:,.1f} tokens/s)\n", file=file, flush=True)
 

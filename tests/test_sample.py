@@ -300,7 +300,7 @@ def test_the_printer_never_cuts_a_character(capsys):
 
 @pytest.mark.parametrize("stop", ["interrupt", "close"])
 def test_ctrl_c_and_a_closed_pipe_end_without_a_traceback(ckpt, stop):
-    command = [sys.executable, ROOT / "sample.py", "--ckpt", ckpt, "--prompt", "the", "--max-new-tokens", "1000000"]
+    command = [sys.executable, "-E", ROOT / "sample.py", "--ckpt", ckpt, "--prompt", "the", "--max-new-tokens", "99999"]
     listens = dict(preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # also if pytest ignores Ctrl-C
     child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **listens)
     child.stdout.read(3)
@@ -336,6 +336,6 @@ def test_unusable_checkpoints_and_prompts(say, ckpt, tmp_path, data):
     (folder / "text.pt").write_bytes("naïve".encode("latin-1"))
     assert "text.pt" in say("--ckpt", folder / "text.pt")
     assert "text.pt is not UTF-8" in say("--prompt-file", folder / "text.pt")
-    for name, error in (("text", ValueError), ("none", FileNotFoundError)):  # the same in a Python session
-        with pytest.raises(error, match=rf"{name}\.pt"):
+    for name in ("text", "none"):  # the same in a Python session
+        with pytest.raises((ValueError, FileNotFoundError), match=rf"{name}\.pt"):
             sample.load(folder / f"{name}.pt")
