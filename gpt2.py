@@ -298,7 +298,7 @@ def read_checkpoint(path):
         assert ckpt.keys() >= {"model_file", "config", "tokenizer", "model", "step"}
         return ckpt
     except Exception as e:  # zipfile, pickle and torch each have their own
-        raise ValueError(f"{path} is damaged, or not a checkpoint of this repository: {e!r:.80}") from e
+        raise ValueError(f"{path}: no checkpoint of this repository, or damaged: {e!r:.80}") from e
 
 
 def choose_device(device="auto", dtype="auto"):

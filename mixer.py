@@ -1,30 +1,31 @@
-"""The masked mixer: a learned, lower-triangular matrix over positions instead of attention.
+"""The masked mixer: a learned lower-triangular matrix over positions instead of attention.
 
-    x (B, T, C) --+----------------------------------+--> x      n_layer times, as in gpt2.py
-                  |                                  ^
-                  +-> ln_1 --> mix ------------------+           token t gathers what the matrix's row t says:
-                  +-> ln_2 --> mlp ------------------+               y[t] = sum over s <= t of W[t, s] x[s]
+    x (B, T, C) --+-------------------+--> x      n_layer times, as in gpt2.py
+                  |                   ^
+                  +-> ln_1 -> mix  ---+           a position gathers with row t of the matrix W:
+                  +-> ln_2 -> mlp  ---+               y[t] = sum over s <= t of W[t, s] x[s]
 
-          W, flat          each row weighs the positions up to its own, and the weights are parameters: what is
-          w . . .          gathered depends on where a token stands, never on what it says. No queries, no keys, no
-          w w . .          positions to add: W knows them. A step of decoding is one row of W times the cached x:
-          w w w .          half of a KV cache.
+          W                W is a parameter: the weights depend on the positions and never on the tokens. There are no
+          w . . .          queries, no keys and no position embeddings, since each position has its own row of W.
+          w w . .          Decoding a token needs one row of W and the inputs of the earlier positions: half the
+          w w w .          memory of a cache of keys and values.
           w w w w
 
---mixing expanded: T -> 2 T -> T, a GELU between. Each of the 2 T hidden units stands at a position, two at each.
+--mixing expanded: T -> 2 T -> T with a GELU between; each position has two of the 2 T hidden units.
 --mixing softmax: each row of W is a softmax over the positions up to its own.
---n-head: a matrix of its own for each slice of the width. --kernel 4: W slides along the width, like a convolution.
+--n-head: one W for each slice of the channels. --kernel 4: each entry of W is a convolution of width 4 along them.
 
-Source: blbadger, "Smaller, Simpler Language Models", and Badger 2024, arXiv 2409.01482, section 3. The code published
-with it puts a new nn.Parameter in place of W in every forward, where the optimizer never finds it: in 50 steps of AdamW
-W moves by 0.0000. Its expanded form masks with tril on a (2 T, T) matrix, which leaves half of the hidden units without
-any output. And tril before a softmax masks nothing: a zero becomes exp(0). Here the mask is inside autograd
-(Triangular), hidden units have positions, and the softmax is of -inf. Tests hold each of these.
+Source: blbadger, "Smaller, Simpler Language Models" (a draft), and Badger 2024, arXiv 2409.01482, section 3. The
+draft's code puts a new nn.Parameter in place of W in every forward, so the optimizer never updates W. The paper's code
+overwrites W.data, so masked entries still have gradients, which distort clipping. Here autograd sees the mask. Both
+mask the expanded form with tril of a (2 T, T) matrix: half of the hidden units never reach the output. And tril before
+a softmax masks nothing, since exp(0) = 1. Unlike the source, this model has a LayerNorm before its head, and its heads
+have no projections of their own.
 
-    python mixer.py --preset demo                                      three minutes on a laptop's CPU
-    python mixer.py --device cuda --data data/NAME                     8 layers, width 256, context 512
+    python mixer.py --preset demo                                     three minutes on a laptop's CPU
+    python mixer.py --device cuda --data data/NAME                    8 layers, width 256, context 512
 
-In the diff with gpt2.py: PositionMap where Attention stood, a cache of one kind of vector, and no wpe.
+In the diff with gpt2.py: PositionMap and Mix instead of Attention, a cache of one vector per position, and no wpe.
 """
 
 import argparse
@@ -50,32 +51,32 @@ from torch.utils.flop_counter import FlopCounterMode
 
 @dataclass
 class Config:
-    # The network. A checkpoint fixes these; what follows may change when a run is resumed.
-    vocab_size: int = 4096  # token ids; a new run takes the number of its data set
+    # The network. A checkpoint fixes these; the options below may change when a run is resumed.
+    vocab_size: int = 4096  # vocabulary size; training takes that of its data set
     block_size: int = 512  # longest context, in tokens
     n_layer: int = 8  # blocks
-    n_head: int = 1  # mixing matrices of a layer, each for its slice of the width
-    n_embd: int = 256  # width of the stream, in channels
+    n_head: int = 1  # matrices per layer, each for its slice of the channels
+    n_embd: int = 256  # width of the residual stream, in channels
     mixing: str = "flat"  # flat: T -> T positions; expanded: T -> 2 T -> T; softmax: rows that sum to 1
-    kernel: int = 1  # channels beside each other that an entry of a matrix weighs, each with a weight of its own
+    kernel: int = 1  # neighbouring channels that an entry of a matrix weighs, with one weight each
     rotary: bool = False  # rotate channels by position before mixing, as the source's draft does
-    tie_weights: bool = False  # the head is the token embedding
-    dropout: float = 0.0  # probability, at the embedding and both ends of a block
+    tie_weights: bool = False  # the head shares the weights of the token embedding
+    dropout: float = 0.0  # probability, at the embedding and the output of each sublayer
     # The run.
     data: str = "data/stdlib"  # folder that prepare_data.py wrote
     out: str = "out/mixer"  # folder for ckpt.pt, best.pt and log.csv
-    device: str = "auto"  # cpu, cuda, cuda:1, mps; auto takes a CUDA GPU if there is one
-    dtype: str = "auto"  # float32 or bfloat16 (autocast); auto takes bfloat16 where the device computes in it
-    compile: bool | None = None  # torch.compile; when not given, on CUDA alone
+    device: str = "auto"  # cpu, cuda, cuda:1, mps; auto: a CUDA GPU if there is one
+    dtype: str = "auto"  # float32 or bfloat16 (autocast); auto: bfloat16 where it is fast
+    compile: bool | None = None  # torch.compile; None: on CUDA only
     seed: int = 1337  # of weights, batches and dropout
     max_steps: int = 80_000  # optimizer steps
-    batch_size: int = 8  # sequences an optimizer step, over all devices
-    micro_batch: int = 8  # sequences a forward pass on one device; gradients add up to batch_size
+    batch_size: int = 8  # sequences per optimizer step, over all devices
+    micro_batch: int = 8  # sequences per forward pass on one device; gradients accumulate to batch_size
     eval_interval: int = 500  # steps between evaluations, each followed by a checkpoint
-    eval_tokens: int = 2**16  # tokens at the start of val.bin that these evaluations score; the last scores all
+    eval_tokens: int = 2**16  # tokens at the start of val.bin that these evaluations score
     log_interval: int = 10  # steps between lines of log.csv
-    learning_rate: float = 6e-4  # its peak
-    warmup_steps: int = 100  # steps of linear warm-up, before a cosine to zero
+    learning_rate: float = 6e-4  # peak
+    warmup_steps: int = 100  # steps of linear warm-up, before a cosine decay to zero
     weight_decay: float = 0.1  # of matrices and embeddings, not of biases and norms
     grad_clip: float = 1.0  # largest norm of the gradient
 
@@ -87,125 +88,87 @@ PRESETS = {
 
 
 class Cache:
-    """What each PositionMap has read of the text so far, (n_in, n_head, block_size, B, head size), `length` filled."""
+    """Inputs of each PositionMap, (block_size, B, n_in, n_head, head size), `length` positions filled."""
 
-    def __init__(self, model, batch_size, like):
-        self.read = {}
-        for m in model.modules():
-            if isinstance(m, PositionMap):
-                _, _, n_in, n_head, length, _ = m.weight.shape
-                size = model.cfg.n_embd // n_head
-                self.read[m] = like.new_empty(n_in, n_head, length, batch_size, size)
-        self.length = 0
+    def __init__(self, model, batch_size):
+        self.x, self.length = {}, 0
+        for module in model.modules():
+            if isinstance(module, PositionMap):
+                n_head, _, block_size, n_in, _, _ = module.weight.shape
+                shape = (block_size, batch_size, n_in, n_head, model.cfg.n_embd // n_head)
+                self.x[module] = module.weight.new_empty(shape)
 
     def append(self, module, x):
-        """Stores what a map reads of the new tokens (n_in, nh, T, B, hs); returns that of all, (n_in, nh, S, B, hs)."""
-        end = self.length + x.size(2)
-        self.read[module][:, :, self.length : end] = x
-        return self.read[module][:, :, :end]
+        """Stores a map's new inputs (T, B, n_in, nh, hs); returns all of them (length + T, B, n_in, nh, hs)."""
+        end = self.length + x.size(0)
+        self.x[module][self.length : end] = x
+        return self.x[module][:end]
 
     def select(self, rows):
         """Makes row i of the batch what row rows[i] was: keeps, repeats or reorders them."""
-        for module, old in self.read.items():
-            new = old.new_empty(*old.shape[:3], len(rows), old.size(-1))
-            new[:, :, : self.length] = old[:, :, : self.length, rows]
-            self.read[module] = new
-
-
-class Triangular(torch.autograd.Function):
-    """torch.tril(weight, S - T) @ x, for weight (M, H, T, S) and x (H, S, N): the last of T rows sees all S positions.
-    128 rows at a time: 5/8 of the work at 512 positions, and never a masked copy of a whole matrix. What lies above the
-    diagonal gets no gradient."""
-
-    @staticmethod
-    def parts(weight, x):
-        """Row numbers, columns up to the last one's, and their masked weights (M, H, rows, columns), part by part."""
-        T, S = weight.shape[-2:]
-        for start in range(0, T, 128):
-            end = min(start + 128, T)
-            see = S - T + end
-            yield slice(start, end), see, weight[..., start:end, :see].to(x.dtype).tril(S - T + start)
-
-    @staticmethod
-    def forward(ctx, weight, x):
-        kind = x.device.type
-        if torch.is_autocast_enabled(kind):
-            x = x.to(torch.get_autocast_dtype(kind))
-        y = x.new_empty(*weight.shape[:3], x.size(2))
-        with torch.autocast(kind, enabled=False):
-            for rows, see, w in Triangular.parts(weight, x):
-                for m in range(len(w)):
-                    y[m, :, rows] = w[m] @ x[:, :see]
-        ctx.save_for_backward(weight, x)
-        return y
-
-    @staticmethod
-    def backward(ctx, dy):
-        weight, x = ctx.saved_tensors
-        dw, dx, dy = torch.zeros_like(weight), torch.zeros_like(x), dy.to(x.dtype)
-        for rows, see, w in Triangular.parts(weight, x):
-            for m in range(len(w)):
-                dw[m, :, rows, :see] = (dy[m, :, rows] @ x[:, :see].mT).tril(see - w.size(2))
-                dx[:, :see] += w[m].mT @ dy[m, :, rows]
-        return dw, dx
+        for module, old in self.x.items():
+            self.x[module] = old.new_empty(len(old), len(rows), *old.shape[2:])
+            self.x[module][: self.length] = old[: self.length, rows]
 
 
 class PositionMap(nn.Module):
-    """A linear map over positions, causal, from n_in vectors a position to n_out."""
+    """A causal linear map over positions, from n_in channel vectors per position to n_out. The weight of a plain flat
+    mixer is, without the dimensions of size 1, the (T, T) matrix W, and what is computed is torch.tril(W) @ x.
+
+    Where it would be one number per position, there is no bias: the same number in all channels is what every later
+    LayerNorm subtracts. Hidden vectors, which pass a GELU, and several heads have a bias that matters."""
 
     def __init__(self, cfg, n_in, n_out):
         super().__init__()
         self.softmax = cfg.mixing == "softmax"
-        self.weight = nn.Parameter(torch.empty(n_out, cfg.kernel, n_in, cfg.n_head, cfg.block_size, cfg.block_size))
-        self.bias = nn.Parameter(torch.zeros(n_out * cfg.n_head * cfg.block_size))
+        self.weight = nn.Parameter(torch.empty(cfg.n_head, n_out, cfg.block_size, n_in, cfg.block_size, cfg.kernel))
+        self.bias = nn.Parameter(torch.zeros(cfg.block_size * n_out * cfg.n_head)) if n_out * cfg.n_head > 1 else None
 
     def forward(self, x, cache=None):
-        """x (n_in, nh, T, B, hs), of new positions -> (n_out, nh, T, B, hs)."""
-        T = x.size(2)
+        """x (T, B, n_in, nh, hs), of new positions -> (T, B, n_out, nh, hs)."""
+        T = x.size(0)
         if cache is not None:
-            x = cache.append(self, x)  # (n_in, nh, S, B, hs), S = positions before + T
-        S = x.size(2)
-        weight = self.weight[..., S - T : S, :S]  # (n_out, kernel, n_in, nh, T, S)
+            x = cache.append(self, x)  # (S, B, n_in, nh, hs), S = positions before + T
+        S = x.size(0)
+        weight = self.weight[:, :, S - T : S, :, :S]  # (nh, n_out, T, n_in, S, k)
+        future = torch.ones(T, S, dtype=torch.bool, device=x.device).triu(S - T + 1)[:, None, :, None]
+        weight = weight.masked_fill(future, -math.inf if self.softmax else 0.0)
+        k = weight.size(-1)
         if self.softmax:
-            future = torch.ones(T, S, dtype=torch.bool, device=x.device).triu(S - T + 1)
-            weight = weight.masked_fill(future, -math.inf).softmax(-1) / weight.size(1)
-        # Heads and inputs side by side, batch and channels together: each matrix meets them in one product.
-        y = Triangular.apply(weight.flatten(2, 3).flatten(0, 1), x.flatten(3).flatten(0, 1))
-        y = y.view(*weight.shape[:4], T, *x.shape[3:]).sum(2)  # (n_out, kernel, nh, T, B, hs)
-        if (k := y.size(1)) > 1:  # entry j of a kernel weighs the channel j - (k - 1) // 2 to the right of its own
-            y = F.pad(y, ((k - 1) // 2, k // 2))
-            y = torch.stack([tap[..., j : j + x.size(-1)] for j, tap in enumerate(y.unbind(1))], dim=1)
-        bias = self.bias.view(len(y), y.size(2), -1)[:, :, S - T : S, None, None]
-        return y.sum(1) + bias
+            weight = weight.softmax(-2) / k
+        x = F.pad(x, ((k - 1) // 2, k // 2)).unfold(-1, k, 1)  # (S, B, n_in, nh, hs, k): each channel, its neighbours
+        y = torch.einsum("hotisk,sbihck->tbohc", weight, x)
+        if self.bias is not None:
+            y = y + self.bias.view(-1, 1, y.size(2), y.size(3), 1)[S - T : S]
+        return y
 
 
 class Mix(nn.Module):
-    """What stands where attention did: each channel gathers over the positions up to its own."""
+    """Each channel gathers over the positions up to its own, by one PositionMap, or two with a GELU between."""
 
     def __init__(self, cfg):
         super().__init__()
         self.n_head, self.rotary = cfg.n_head, cfg.rotary
-        n_hidden = [1, 2, 1] if cfg.mixing == "expanded" else [1, 1]  # vectors a position, through the maps
-        self.maps = nn.ModuleList(PositionMap(cfg, *ends) for ends in zip(n_hidden, n_hidden[1:]))
+        vectors = [1, 2, 1] if cfg.mixing == "expanded" else [1, 1]  # per position, before and after each map
+        self.maps = nn.ModuleList(PositionMap(cfg, n_in, n_out) for n_in, n_out in zip(vectors, vectors[1:]))
 
     def forward(self, x, cache=None):
-        B, T, C = x.shape
         if self.rotary:
             x = rotate(x, cache.length if cache is not None else 0)
-        x = x.view(1, B, T, self.n_head, C // self.n_head).permute(0, 3, 2, 1, 4)  # (1, nh, T, B, hs)
-        for i, positions in enumerate(self.maps):
-            x = positions(F.gelu(x, approximate="tanh") if i else x, cache)
-        return x[0].permute(2, 1, 0, 3).reshape(B, T, C)
+        x = x.transpose(0, 1).unflatten(2, (1, self.n_head, -1))  # (T, B, 1, nh, hs)
+        for i, position_map in enumerate(self.maps):
+            x = position_map(F.gelu(x, approximate="tanh") if i else x, cache)
+        return x.flatten(2).transpose(0, 1)  # (B, T, C)
 
 
 def rotate(x, past):
-    """Turns pairs of channels by angles that grow with the position (Su et al. 2021, arXiv 2104.09864, 3.2.2)."""
+    """Rotates pairs of channels by angles that grow with the position (Su et al. 2021, arXiv 2104.09864, 3.2.2)."""
     T, C = x.shape[1:]
     position = torch.arange(past, past + T, device=x.device, dtype=torch.float32)
     angle = position[:, None] / 10_000 ** (torch.arange(0, C, 2, device=x.device) / C)  # (T, C / 2)
     even, odd = x[..., 0::2], x[..., 1::2]
-    turned = even * angle.cos() - odd * angle.sin(), even * angle.sin() + odd * angle.cos()
-    return torch.stack(turned, dim=-1).flatten(2).to(x.dtype)
+    rotated = even * angle.cos() - odd * angle.sin(), even * angle.sin() + odd * angle.cos()
+    return torch.stack(rotated, dim=-1).flatten(2).to(x.dtype)
 
 
 class MLP(nn.Module):
@@ -235,7 +198,7 @@ class Block(nn.Module):
 class Model(nn.Module):
     """The masked mixer. model(idx) -> logits (B, T, V); model(idx, targets) -> mean cross-entropy in nats, a scalar;
     model(idx, cache=cache) -> logits (B, 1, V) for the token after idx, which continues what the cache has seen.
-    Raises ValueError if a text is longer than block_size, or a part of cfg fits no other."""
+    Raises ValueError for invalid values of cfg, and for a text longer than block_size."""
 
     ahead = 1  # row i of the logits scores token i + ahead
 
@@ -244,11 +207,11 @@ class Model(nn.Module):
         if cfg.n_embd % cfg.n_head:
             raise ValueError(f"n_embd {cfg.n_embd} is not a multiple of n_head {cfg.n_head}")
         if cfg.mixing not in ("flat", "expanded", "softmax"):
-            raise ValueError(f"mixing {cfg.mixing!r} is none of flat, expanded, softmax")
+            raise ValueError(f"mixing {cfg.mixing!r} is invalid: it must be flat, expanded or softmax")
         if cfg.kernel < 1 or (cfg.rotary and cfg.n_embd % 2):
             raise ValueError(f"kernel {cfg.kernel} must be at least 1, and n_embd {cfg.n_embd} even if rotary")
         self.cfg = cfg
-        padded = math.ceil(cfg.vocab_size / 64) * 64  # matrix products like round sizes; no one sees the extra ids
+        padded = math.ceil(cfg.vocab_size / 64) * 64  # for faster matmuls; padded logits are sliced off
         self.wte = nn.Embedding(padded, cfg.n_embd)
         self.drop = nn.Dropout(cfg.dropout)
         self.h = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layer))
@@ -257,11 +220,11 @@ class Model(nn.Module):
         if cfg.tie_weights:
             self.lm_head.weight = self.wte.weight
         for name, p in self.named_parameters():
-            if p.dim() >= 2:  # the stream is a sum of 2 n_layer terms: scaled so that it starts no wider for it
+            if p.dim() >= 2:  # residual projections are scaled by 1 / sqrt(2 n_layer): that many are added up
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * cfg.n_layer) if "c_proj" in name else 0.02)
             elif "ln_1.weight" in name:
-                # A row adds up to block_size vectors that have much in common, and Adam moves all its entries at once:
-                # at full size the sum drowns the tokens, and only their frequencies are learned (README).
+                # A row sums up to block_size vectors that have much in common, and Adam moves all its entries at once:
+                # with norms that start at 1, the sum drowns the tokens and the model learns only their frequencies.
                 nn.init.constant_(p, cfg.block_size**-0.5)
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
@@ -282,25 +245,23 @@ class Model(nn.Module):
         return self.lm_head(x)[..., : self.cfg.vocab_size]  # (B, T, V)
 
     def new_cache(self, batch_size):
-        return Cache(self, batch_size, self.wte.weight)
+        return Cache(self, batch_size)
 
 
 # What the training below asks of each file: an optimizer, a learning rate for each step, and whether to grow.
 
 
 def configure_optimizer(model, cfg):
-    """AdamW (Loshchilov and Hutter 2019), decaying what multiplies (matrices, embeddings) and not what adds."""
+    """AdamW (Loshchilov and Hutter 2019), with weight decay on matrices and embeddings, none on biases and norms."""
     params = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in params if p.dim() >= 2], "weight_decay": cfg.weight_decay},
-        {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0},
-    ]
+    decay, rest = [p for p in params if p.dim() >= 2], [p for p in params if p.dim() < 2]
+    groups = [{"params": decay, "weight_decay": cfg.weight_decay}, {"params": rest, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
 
 
 def learning_rate(step, cfg):
-    """Of the step after `step` steps: linear warm-up to the peak, then half a cosine to zero at max_steps."""
-    warmup = min(cfg.warmup_steps, cfg.max_steps // 2)  # a short run gets over it, too
+    """Learning rate at step `step`, counted from 0: linear warm-up to the peak, then a cosine to zero at max_steps."""
+    warmup = min(cfg.warmup_steps, cfg.max_steps // 2)  # a short run reaches the peak, too
     if step < warmup:
         return cfg.learning_rate * (step + 1) / warmup
     done = (step - warmup) / (cfg.max_steps - warmup)
@@ -308,7 +269,7 @@ def learning_rate(step, cfg):
 
 
 def grow(model, optimizer, cfg, step):
-    """Called before each step and after the last. Returns True if it changed the network: GPT-2 stays as it is."""
+    """Called before each step and after the last; returns True if it changed the network. This network never grows."""
     return False
 
 
@@ -383,7 +344,7 @@ def read_checkpoint(path):
         assert ckpt.keys() >= {"model_file", "config", "tokenizer", "model", "step"}
         return ckpt
     except Exception as e:  # zipfile, pickle and torch each have their own
-        raise ValueError(f"{path} is damaged, or not a checkpoint of this repository: {e!r:.80}") from e
+        raise ValueError(f"{path}: no checkpoint of this repository, or damaged: {e!r:.80}") from e
 
 
 def choose_device(device="auto", dtype="auto"):

@@ -250,7 +250,8 @@ def test_bad_options(data, tmp_path):
     assert "n_embd" in fails("--n-embd", 50)
     assert "--max-steps" in fails("--max-steps", "many")
     assert "--device" in fails("--device", "tpu")
-    assert "ckpt.pt" in fails("--resume") and "not allowed with" in fails("--resume", "--init-from", "x.pt")
+    assert "ckpt.pt" in fails("--resume") and "No such file" in fails("--resume")
+    assert "not allowed with" in fails("--resume", "--init-from", "x.pt")
     assert "memory" in fails("--block-size", 10**13)
     if not torch.cuda.is_available():
         assert "--device cpu" in fails("--device", "cuda")
@@ -274,7 +275,7 @@ def test_damaged_and_foreign_checkpoints(data, tmp_path):
     flipped[whole.index(ckpt["model"]["wte.weight"].numpy().tobytes()) + 1001] ^= 1  # torch.load would not notice
     trap = pickle.dumps(Trap(str(tmp_path / "sprung")))
     for content in (b"", whole[: len(whole) // 2], whole[:-1], b"a text", trap, bytes(flipped), {"a": 1}, [1]):
-        assert "ckpt.pt is damaged, or not a checkpoint" in resume(content)
+        assert "ckpt.pt: no checkpoint of this repository, or damaged" in resume(content)
     assert not (tmp_path / "sprung").exists()
     assert "mixer.py" in resume({**ckpt, "model_file": "mixer.py"})
     assert "gpt2.py" in resume(whole, "mixer")
