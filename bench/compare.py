@@ -22,6 +22,7 @@ from types import SimpleNamespace
 
 import matplotlib
 import numpy as np
+from matplotlib.figure import Figure
 from train import ROOT, machine, shell
 
 sys.path.insert(0, str(ROOT))
@@ -89,13 +90,11 @@ def train(name, scale, rate, steps, budget="tokens", seed=1337):
 
 def plot(runs, path):
     """Validation bits per byte over tokens, and over seconds."""
-    matplotlib.use("svg")
-    from matplotlib import pyplot
-
     grey = "#808080"  # legible on white and on black
-    pyplot.rcParams.update({k: grey for k in ("text.color", "axes.labelcolor", "axes.edgecolor")})
-    pyplot.rcParams.update({"xtick.color": grey, "ytick.color": grey, "svg.hashsalt": "compare", "font.size": 11})
-    figure, axes = pyplot.subplots(1, 2, figsize=(10, 4), sharey=True)
+    matplotlib.rcParams.update({k: grey for k in ("text.color", "axes.labelcolor", "axes.edgecolor")})
+    matplotlib.rcParams.update({"xtick.color": grey, "ytick.color": grey, "svg.hashsalt": "compare", "font.size": 11})
+    figure = Figure(figsize=(10, 4))
+    axes = figure.subplots(1, 2, sharey=True)
     for axis, column in zip(axes, ("tokens", "seconds")):
         for run in runs:
             points = [(row[column], row["val_bits_per_byte"]) for row in run.log if row["val_bits_per_byte"]]

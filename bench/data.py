@@ -11,7 +11,6 @@ tiktoken gets the same text in memory, in pieces of 64 KB, with as many threads.
 """
 
 import argparse
-import json
 import lzma
 import os
 import statistics
@@ -20,12 +19,12 @@ import tempfile
 import time
 from pathlib import Path
 
-import numpy as np
 import tokenizers
 from tokenizers import models, pre_tokenizers, trainers
 from train import ROOT, compare, machine, shell
 
 sys.path.insert(0, str(ROOT))
+import gpt2
 import prepare_data
 
 
@@ -80,13 +79,9 @@ def compare_encoding(texts, turns, mb):
 
 
 def compress(folder):
-    meta, texts = json.loads((folder / "meta.json").read_text(encoding="utf-8")), []
-    ranks = (folder / "tokenizer.tiktoken").read_text(encoding="utf-8") if meta["tokenizer"].startswith("bpe:") else ""
-    tokenizer = prepare_data.load_tokenizer(meta["tokenizer"], ranks)
-    for split in ("train", "val"):
-        ids = np.fromfile(folder / f"{split}.bin", dtype="<u2")
-        texts.append(tokenizer.decode_bytes(ids[ids != meta["eot"]].tolist()))
-    train, val = texts
+    meta, tokenizer, splits = gpt2.open_data(folder)
+    encoding = prepare_data.load_tokenizer(tokenizer["name"], tokenizer["ranks"])
+    train, val = (encoding.decode_bytes(ids[ids != meta["eot"]].tolist()) for ids in (splits["train"], splits["val"]))
     bits = [8 * len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)) for text in (val, train, train + val)]
     alone, after = bits[0] / len(val), (bits[2] - bits[1]) / len(val)
     print(f"xz -9e: {alone:.3f} bits per byte for the text of {folder}/val.bin, {after:.3f} if it follows train.bin's")

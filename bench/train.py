@@ -7,7 +7,7 @@
     python bench/train.py "gpt2.py" "MALLOC_TRIM_THRESHOLD_=2000000000 gpt2.py"             an environment variable
 
 Every contestant is a process of its own, because memory that a process keeps is part of its speed. They take turns of
-a few steps (A B A B ...), of which the first does not count. A step is forward, backward, clipping and the optimizer on
+a few steps (A B A B ...); their first steps do not count. A step is forward, backward, clipping and the optimizer on
 random tokens. Prints the median tokens/s of each, its peak memory above what its imports take, and for the last one the
 ratio of its speed to that of the fastest other: median and range over the turns.
 """
@@ -42,7 +42,6 @@ PAIRS = [
         (f"gpt2.py {SMALL} --n-head 8", f"mixer.py {SMALL} {variant}")
         for variant in ("", "--mixing expanded", "--mixing softmax", "--n-head 4", "--kernel 4", "--rotary")
     ),
-    *((f"gpt2.py {SMALL} --n-head 8", f"gpt2.py {SMALL} --n-head {n}") for n in (4, 16)),
     ("gpt2.py --n-layer 4 --n-head 8 --n-embd 512 --batch-size 10", "scratch_former.py"),
 ]
 
@@ -118,16 +117,20 @@ def race(commands, turns, steps):
         worker = [sys.executable, __file__, "--worker", *words[len(variables) :]]
         env = os.environ | dict(word.split("=") for word in variables)
         processes.append(subprocess.Popen(worker, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env))
+        print(3, file=processes[-1].stdin, flush=True)  # all start at once
     for turn in range(1 + turns):
         for i, process in enumerate(processes):
-            print(steps if turn else 3, file=process.stdin, flush=True)
-            speed, memory[i] = map(float, process.stdout.readline().split())
+            if turn:
+                print(steps, file=process.stdin, flush=True)
+            if not (answer := process.stdout.readline()):
+                sys.exit(f"this contestant failed: {commands[i]}")
+            speed, memory[i] = map(float, answer.split())
             speeds[i] += [speed] * (turn > 0)
     for process in processes:
         process.communicate()
     for command, found, held in zip(commands, speeds, memory):
         print(f"  {command}: {statistics.median(found):,.0f} tokens/s, {held / 1e6:,.0f} MB")
-    best = max(range(len(commands) - 1), key=lambda i: statistics.median(speeds[i]))
+    best = max(range(len(commands) - 1), key=lambda i: statistics.median(speeds[i]), default=0)
     print(f"  speed {compare(speeds[-1], speeds[best])}, memory {memory[-1] / memory[best]:.2f}", flush=True)
 
 
@@ -135,7 +138,7 @@ def main():
     if sys.argv[1:2] == ["--worker"]:
         return take_turns(sys.argv[2], sys.argv[3:])
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", nargs="*", help="a model file with options; the last is compared with the others")
+    parser.add_argument("command", nargs="*", help="a model file with options; the last is ours")
     parser.add_argument("--nanogpt", help="a clone of nanoGPT")
     parser.add_argument("--only", default="", help="part of the names of the comparisons to run")
     parser.add_argument("--device", default="cpu", help="(default: %(default)s)")
