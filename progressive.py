@@ -267,7 +267,7 @@ def diverge(model, optimizer, cfg):
     keeps the moments of the parameters that are still trained, and copies of them for their copies."""
     old, blocks = {k: p for k, p in model.named_parameters() if "lora" not in k}, model.h
     cfg.stage += 1
-    torch.manual_seed(cfg.seed + cfg.stage)  # of lora_a: the same in every process, and in a run that is resumed here
+    torch.manual_seed(cfg.seed + cfg.stage)  # a run that is resumed before this switch draws the same lora_a
     model.h = nn.ModuleList(Block(cfg) for _ in range(2 * len(blocks))).to(model.wte.weight.device)
     model.h.load_state_dict(unrolled(blocks, len(model.h)), strict=False)  # all but the new A and B
     fresh = configure_optimizer(model, cfg)
