@@ -291,24 +291,23 @@ def export(model, cfg, step):
 
 def grow(model, optimizer, cfg, step):
     """Called before each step and after the last, in every process; returns True if it changed the network."""
-    stage, print0 = cfg.stage, lambda text: os.environ.get("RANK", "0") == "0" and print(text, flush=True)
-    if step >= cfg.max_steps:
-        if cfg.export:
-            export(model, cfg, step)
-            print0(f"{cfg.export} holds the finished model as a checkpoint of gpt2.py")
+    print0 = print if os.environ.get("RANK", "0") == "0" else lambda text: None
+    if cfg.export and step >= cfg.max_steps:
+        export(model, cfg, step)
+        print0(f"{cfg.export} holds the finished model as a checkpoint of gpt2.py")
+    due = sum(step >= round(float(part) * cfg.max_steps) for part in cfg.stages.split(","))  # switches up to now
+    if step >= cfg.max_steps or due < cfg.stage:
         return False
-    due = 1 + sum(step >= round(float(part) * cfg.max_steps) for part in cfg.stages.split(","))
-    while cfg.stage < due:
-        meta, _, splits = open_data(cfg.data)
-        tokens = splits.get("val", splits["train"])[: 2**13]
-        before = evaluate(model, tokens, meta["eot"], nullcontext())  # without autocast: it must not change at all
-        diverge(model, optimizer, cfg)
-        after, n = evaluate(model, tokens, meta["eot"], nullcontext()), len(model.h)
-        total = sum(p.numel() for p in model.parameters())
-        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        print0(f"step {step:,}: from {n // 2} to {n} blocks, {total:,} parameters, {trained:,} of them trained, "
-               f"evaluation loss {before:.6f} -> {after:.6f}")  # fmt: skip
-    return cfg.stage > stage
+    meta, _, splits = open_data(cfg.data)
+    tokens = splits.get("val", splits["train"])[: 2**13]
+    before = evaluate(model, tokens, meta["eot"], nullcontext())  # without autocast: it must not change at all
+    diverge(model, optimizer, cfg)
+    after, n = evaluate(model, tokens, meta["eot"], nullcontext()), len(model.h)
+    total = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    print0(f"step {step:,}: from {n // 2} to {n} blocks, {total:,} parameters, {trained:,} of them trained, "
+           f"evaluation loss {before:.6f} -> {after:.6f}")  # fmt: skip
+    return True
 
 
 # --- training: the same lines in every model file ---
