@@ -17,10 +17,10 @@
 
 Source: blbadger, "Smaller, Simpler Language Models" (a draft), and Badger 2024, arXiv 2409.01482, section 3. The
 draft's code puts a new nn.Parameter in place of W in every forward, so the optimizer never updates W. The paper's code
-overwrites W.data, so masked entries still have gradients, which distort clipping. Here autograd sees the mask. Both
-mask the expanded form with tril of a (2 T, T) matrix: half of the hidden units never reach the output. And tril before
-a softmax masks nothing, since exp(0) = 1. Unlike the source, this model has a LayerNorm before its head, and its heads
-have no projections of their own.
+overwrites W.data, so masked entries still have gradients, which distort clipping. Here the mask is part of the graph.
+Both sources mask the expanded form with tril of a (2 T, T) matrix: half of the hidden units never reach the output.
+And tril before a softmax masks nothing, since exp(0) = 1. Unlike the sources, this model has a LayerNorm before its
+head, and the heads that mix have no projections of their own.
 
     python mixer.py --preset demo                                     three minutes on a laptop's CPU
     python mixer.py --device cuda --data data/NAME                    8 layers, width 256, context 512
