@@ -532,7 +532,7 @@ def train(cfg, options, ckpt):
             compiled = torch.compile(model) if cfg.compile or (cfg.compile is None and cuda) else model
             ddp_model = nn.parallel.DistributedDataParallel(compiled) if world_size > 1 else compiled
         if stopped or step >= cfg.max_steps:
-            print0(f"{step:,} steps in {seconds:.0f} s, --resume adds more. Try python sample.py --ckpt '{out}/ckpt.pt'")
+            print0(f"{step:,} steps, {seconds:.0f} s; --resume continues. Try python sample.py --ckpt '{out}/ckpt.pt'")
             break
         model.train()
         start, lr, report = time.perf_counter(), learning_rate(step, cfg), torch.zeros(2, device=device)
