@@ -291,38 +291,37 @@ def export(model, cfg, step):
 
 def grow(model, optimizer, cfg, step):
     """Called before each step and after the last, in every process; returns True if it changed the network."""
-    stage, print0 = cfg.stage, lambda text: os.environ.get("RANK", "0") == "0" and print(text, flush=True)
-    if step >= cfg.max_steps:
-        if cfg.export:
-            export(model, cfg, step)
-            print0(f"{cfg.export} holds the finished model as a checkpoint of gpt2.py")
+    print0 = print if os.environ.get("RANK", "0") == "0" else lambda text: None
+    if cfg.export and step >= cfg.max_steps:
+        export(model, cfg, step)
+        print0(f"{cfg.export} holds the finished model as a checkpoint of gpt2.py")
+    due = sum(step >= round(float(part) * cfg.max_steps) for part in cfg.stages.split(","))  # switches up to now
+    if step >= cfg.max_steps or due < cfg.stage:
         return False
-    due = 1 + sum(step >= round(float(part) * cfg.max_steps) for part in cfg.stages.split(","))
-    while cfg.stage < due:
-        meta, _, splits = open_data(cfg.data)
-        tokens = splits.get("val", splits["train"])[: 2**13]
-        before = evaluate(model, tokens, meta["eot"], nullcontext())  # without autocast: it must not change at all
-        diverge(model, optimizer, cfg)
-        after, n = evaluate(model, tokens, meta["eot"], nullcontext()), len(model.h)
-        total = sum(p.numel() for p in model.parameters())
-        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        print0(f"step {step:,}: from {n // 2} to {n} blocks, {total:,} parameters, {trained:,} of them trained, "
-               f"evaluation loss {before:.6f} -> {after:.6f}")  # fmt: skip
-    return cfg.stage > stage
+    meta, _, splits = open_data(cfg.data)
+    tokens = splits.get("val", splits["train"])[: 2**13]
+    before = evaluate(model, tokens, meta["eot"], nullcontext())  # without autocast: it must not change at all
+    diverge(model, optimizer, cfg)
+    after, n = evaluate(model, tokens, meta["eot"], nullcontext()), len(model.h)
+    total = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    print0(f"step {step:,}: from {n // 2} to {n} blocks, {total:,} parameters, {trained:,} of them trained, "
+           f"evaluation loss {before:.6f} -> {after:.6f}")  # fmt: skip
+    return True
 
 
 # --- training: the same lines in every model file ---
 
 
-@torch.compiler.disable  # torch.compile would warn and run the chunked loss as it is
 def linear_cross_entropy(x, weight, targets, vocab_size, bias=None):
     """Mean cross-entropy in nats of the logits x @ weight.T + bias, a scalar, of which only some rows exist at a time.
     x (B, T, C), weight (V, C), bias (V), targets (B, T) or -1 to ignore one. Ids from vocab_size on are padding."""
     padding = torch.arange(len(weight), device=x.device) >= vocab_size
     bias = (weight.new_zeros(len(weight)) if bias is None else bias).masked_fill(padding, -math.inf)
     x, targets = x.flatten(0, 1).to(weight.dtype), targets.flatten()
-    cpu = dict(batch_chunk_size=256, chunking_method=None, acc_policy="balanced")  # 4 to 15 times the default's speed
-    options = nn.LinearCrossEntropyOptions(**(cpu if x.device.type == "cpu" else {}))
+    # The default options are 4 to 15 times slower on a CPU, and warn where torch.compile sets the flag by itself.
+    options = dict(batch_chunk_size=256, chunking_method=None, acc_policy="balanced") if x.device.type == "cpu" else {}
+    options = nn.LinearCrossEntropyOptions(allow_retain_graph=torch.compiler.is_compiling(), **options)
     with torch.autocast(x.device.type, enabled=False):
         return F.linear_cross_entropy(x, weight, targets, linear_bias=bias, ignore_index=-1, options=options)
 
@@ -420,7 +419,8 @@ def parse(argv):
         return Config(**given), options, None
     path = options.init_from or Path(given.get("out", Config.out), "ckpt.pt")
     ckpt, network = read_checkpoint(path), list(comments)[: list(comments).index("dropout")]
-    inherited = {k: v for k, v in ckpt["config"].items() if k not in ("out", "device", "compile")}
+    keep = network if options.init_from else set(comments) - {"out", "device", "compile"}
+    inherited = {k: v for k, v in ckpt["config"].items() if k in keep}
     changed = [k for k in network if k in given and given[k] != inherited.get(k)]
     if changed or ckpt["model_file"] != Path(__file__).name:
         raise ValueError(f"{path} is a network of {ckpt['model_file']}, which cannot change its {', '.join(changed)}")
@@ -484,6 +484,7 @@ def train(cfg, options, ckpt):
             compiled = torch.compile(model) if cfg.compile or (cfg.compile is None and cuda) else model
             ddp_model = nn.parallel.DistributedDataParallel(compiled) if world_size > 1 else compiled
         if stopped or step >= cfg.max_steps:
+            print0(f"{step:,} steps, {seconds:.0f} s; --resume continues. Try python sample.py --ckpt '{out}/ckpt.pt'")
             break
         model.train()
         start, lr, report = time.perf_counter(), learning_rate(step, cfg), torch.zeros(2, device=device)
@@ -528,14 +529,12 @@ def train(cfg, options, ckpt):
         if (evaluating or stopped) and math.isfinite(val or 0.0):
             save("ckpt.pt")
     if stopped:
-        print0(f"stopped after step {step:,}, saved in {out / 'ckpt.pt'}: --resume continues")
         sys.exit(128 + max(signals, default=signal.SIGTERM))
     if (split := options.split) in splits:  # at the end all of it counts
         nats, n = evaluate(model, splits[split], meta["eot"], amp, options.stride), meta["splits"][split]
         per_word, per_byte = (math.exp(nats * n["tokens"] / n[unit]) for unit in ("words", "bytes"))
         print0(f"all of {split}: {nats:.4f} nats per token, {nats * bits[split]:.4f} bits per byte; perplexity"
                f" {math.exp(nats):,.2f} per token, {per_word:,.2f} per word, {per_byte:.4f} per byte")  # fmt: skip
-    print0(f"{step:,} steps in {seconds:.0f} s. To sample: python sample.py --ckpt '{out / 'ckpt.pt'}'")
 
 
 def main(argv=None):

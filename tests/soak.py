@@ -80,14 +80,15 @@ def prepare(folder, data, rng, kills=10):
     (folder / "text.txt").write_text(" ".join(rng.choices("the model learns what follows".split(), k=60_000)), "utf-8")
     out, found = folder / "set", {"the old": 0, "the new": 0, "no": 0}
     options = [folder / "text.txt", "--out", out, "--force", "--tokenizer"]
-    begin = time.monotonic()
-    start("prepare_data", *options, "bpe:270", log=folder / "log", pause=0.05).join()
+    for tokenizer in ("bytes", "bpe:270"):  # the second one is timed
+        begin = time.monotonic()
+        start("prepare_data", *options, tokenizer, log=folder / "log", pause=0.05).join()
     whole = time.monotonic() - begin
-    start("prepare_data", *options, "bytes", log=folder / "log").join()
-    old = whole_data(out)
     for _ in range(kills):
+        start("prepare_data", *options, "bytes", log=folder / "log").join()
+        old = whole_data(out)
         child = start("prepare_data", *options, "bpe:270", log=folder / "log", pause=0.05)
-        child.join(rng.uniform(0.3, 1.0) * whole)
+        child.join(rng.uniform(0.2, 1.0) * whole)
         child.kill()
         child.join()
         there = (out / "meta.json").exists()

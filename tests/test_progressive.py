@@ -78,14 +78,14 @@ def learn(model, optimizer):
 
 
 @each_rank
-def test_switches_keep_every_logit_and_moment_and_then_all_that_is_not_frozen_learns(rank):
-    model, idx = tiny(rank=rank), torch.randint(50, (2, 16))
+def test_switches_keep_every_logit_and_moment_and_then_all_that_is_not_frozen_learns(rank, data):
+    model, idx = tiny(rank=rank, data=str(data), vocab_size=300, max_steps=10), torch.randint(50, (2, 16))
     optimizer = progressive.configure_optimizer(model, model.cfg)
-    for stage in (2, 3):
+    for stage, step in ((2, 3), (3, 7)):
         learn(model, optimizer)
         before, state = model(idx), optimizer.state
         old = {n: {k: v.clone() for k, v in state.get(p, {}).items()} for n, p in model.named_parameters()}
-        progressive.diverge(model, optimizer, model.cfg)
+        assert [progressive.grow(model, optimizer, model.cfg, step + i) for i in (-1, 0, 1)] == [False, True, False]
         assert torch.equal(model(idx), before)
         assert model.cfg.stage == stage and len(model.h) == 2**stage
         params = dict(model.named_parameters())
