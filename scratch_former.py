@@ -331,7 +331,7 @@ class Model(nn.Module):
         return torch.stack([torch.rand(2, text.size(1), generator=g) for g in seeded], dim=1).to(text.device)
 
     def run(self, blocks, idx, causal, past=0, memory=None, cache=None):
-        """Embeds tokens (B, T), `past` positions from the start, and runs one of the two stacks of figure 1 on them, to
+        """Embeds tokens (B, T), `past` positions from the start, and runs one of the two stacks of figure 1 on them:
         (B, T, C). The mask alone makes a decoder of an encoder: if `causal`, a position sees those up to its own."""
         end, position = past + idx.size(1), self.cfg.position
         if end > self.cfg.block_size:
