@@ -364,7 +364,7 @@ def parse(argv):
         return Config(**given), options, None
     path = options.init_from or Path(given.get("out", Config.out), "ckpt.pt")
     ckpt, network = read_checkpoint(path), list(comments)[: list(comments).index("dropout")]
-    keep = network if options.init_from else set(comments) - {"out", "device", "compile"}
+    keep = set(comments) - {"out", "device", "compile"} if options.resume or options.eval_only else network
     inherited = {k: v for k, v in ckpt["config"].items() if k in keep}
     changed = [k for k in network if k in given and given[k] != inherited.get(k)]
     if changed or ckpt["model_file"] != Path(__file__).name:
