@@ -335,14 +335,13 @@ def evaluate(model, tokens, eot, amp, stride=None):
     tokens = np.concatenate([np.full(ahead, eot, tokens.dtype), tokens])  # the first token follows an end of text
     starts = [*range(0, n - T, min(stride or T, T)), n - T]
     starts += [n - T] * (-len(starts) % cfg.micro_batch)  # nothing is new in these, but all batches have one shape
-    starts, new = np.array(starts)[:, None], torch.tensor([-T, *starts]).diff()[:, None]
+    starts, new = torch.tensor(starts)[:, None], torch.tensor([-T, *starts]).diff()[:, None]
     model.eval()
-    for i in range(0, len(starts), cfg.micro_batch):
-        part = slice(i, i + cfg.micro_batch)
-        rows = torch.from_numpy(tokens[starts[part] + np.arange(T + ahead)].astype(np.int64))
-        targets = rows[:, ahead:].where(torch.arange(T) >= T - new[part], -1)
+    for start, count in zip(starts.split(cfg.micro_batch), new.split(cfg.micro_batch)):
+        rows = torch.from_numpy(tokens[start + torch.arange(T + ahead)].astype(np.int64))
+        targets = rows[:, ahead:].where(torch.arange(T) >= T - count, -1)
         with amp:
-            total += model(rows[:, :-ahead].to(device), targets.to(device)).item() * new[part].sum().item()
+            total += model(rows[:, :-ahead].to(device), targets.to(device)).item() * count.sum().item()
     return total / n
 
 
@@ -419,24 +418,24 @@ def parse(argv):
         return Config(**given), options, None
     path = options.init_from or Path(given.get("out", Config.out), "ckpt.pt")
     ckpt, network = read_checkpoint(path), list(comments)[: list(comments).index("dropout")]
-    keep = network if options.init_from else set(comments) - {"out", "device", "compile"}
+    keep = set(comments) - {"out", "device", "compile"} if options.resume or options.eval_only else network
     inherited = {k: v for k, v in ckpt["config"].items() if k in keep}
     changed = [k for k in network if k in given and given[k] != inherited.get(k)]
     if changed or ckpt["model_file"] != Path(__file__).name:
-        raise ValueError(f"{path} is a network of {ckpt['model_file']}, which cannot change its {', '.join(changed)}")
+        raise ValueError(f"{path} is a network of {ckpt['model_file']} and keeps its {', '.join(changed) or 'file'}")
     return Config(**inherited | given), options, ckpt
 
 
 def train(cfg, options, ckpt):
     """Trains, resumes or evaluates. torchrun runs this in WORLD_SIZE processes at once, one for each device."""
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     out, print0 = Path(cfg.out), lambda text: rank == 0 and print(text, flush=True)
     if (out / "ckpt.pt").exists() and not (options.resume or options.eval_only):
         raise ValueError(f"{out} holds a run already: --resume continues it, --out FOLDER starts another")
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device, dtype = choose_device(cfg.device, cfg.dtype)
-    cuda = device.type == "cuda"
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     if world_size > 1:
-        dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
+        dist.init_process_group("nccl" if gpu else "gloo", device_id=device if gpu else None)
     meta, tokenizer, splits = open_data(cfg.data)
     if ckpt and ckpt["tokenizer"] != tokenizer:
         raise ValueError(f"--data {cfg.data} has another tokenizer, {tokenizer['name']}, than the checkpoint")
@@ -456,12 +455,11 @@ def train(cfg, options, ckpt):
     # Bits per byte = nats per token x bits per nat (1 / ln 2) x tokens per byte, which are those of the whole split.
     bits = {split: n["tokens"] / n["bytes"] / math.log(2) for split, n in meta["splits"].items()}
     peaks = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "4090": 165e12}  # FLOP/s of dense bfloat16 matmuls
-    peak = next((peaks[gpu] * world_size for gpu in peaks if cuda and gpu in torch.cuda.get_device_name(device)), None)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    peak = next((flops * world_size for name, flops in peaks.items() if name in gpu), None)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():  # a backward pass costs two forward passes
         model(torch.zeros(1, cfg.block_size, dtype=torch.long, device=device))
-    flops_per_token = 3 * counter.get_total_flops() / cfg.block_size  # a backward pass costs two forward passes
     per_step = cfg.batch_size * cfg.block_size  # tokens
-    print0(f"{sum(p.numel() for p in model.parameters()):,} parameters, {per_step:,} tokens per step, {device} {dtype}")
+    print0(f"{sum(p.numel() for p in model.parameters()):,} parameters, {per_step:,} tokens per step, {gpu or device}")
 
     def save(file):
         state = dict(model_file=Path(__file__).name, config=asdict(cfg), tokenizer=tokenizer, step=step, tokens=tokens)
@@ -481,7 +479,7 @@ def train(cfg, options, ckpt):
     stopped, ddp_model, mark = False, None, (tokens, seconds)
     while not options.eval_only:
         if grow(model, optimizer, cfg, step) or ddp_model is None:
-            compiled = torch.compile(model) if cfg.compile or (cfg.compile is None and cuda) else model
+            compiled = torch.compile(model) if cfg.compile or (cfg.compile is None and gpu) else model
             ddp_model = nn.parallel.DistributedDataParallel(compiled) if world_size > 1 else compiled
         if stopped or step >= cfg.max_steps:
             print0(f"{step:,} steps, {seconds:.0f} s; --resume continues. Try python sample.py --ckpt '{out}/ckpt.pt'")
@@ -520,7 +518,7 @@ def train(cfg, options, ckpt):
                 save("best.pt")
         if step % cfg.log_interval == 0 or evaluating or stopped:
             speed, mark = (tokens - mark[0]) / (seconds - mark[1]), (tokens, seconds)
-            more = f", MFU {speed * flops_per_token / peak:.1%}" if peak else ""
+            more = f", MFU {3 * counter.get_total_flops() / cfg.block_size * speed / peak:.1%}" if peak else ""
             more += f", validation loss {val:.4f}, {val * bits['val']:.4f} bits per byte" if val else ""
             print0(f"step {step:,}/{cfg.max_steps:,}: loss {loss:.4f}, lr {lr:.2e}, norm {norm:.2f}, {speed:,.0f} "
                    f"tokens/s, {(cfg.max_steps - step) * per_step / speed / 60:.0f} min left{more}")  # fmt: skip
@@ -530,6 +528,8 @@ def train(cfg, options, ckpt):
             save("ckpt.pt")
     if stopped:
         sys.exit(128 + max(signals, default=signal.SIGTERM))
+    if options.eval_only and options.split not in splits:
+        raise ValueError(f"--split {options.split}: {cfg.data} has {', '.join(splits)}")
     if (split := options.split) in splits:  # at the end all of it counts
         nats, n = evaluate(model, splits[split], meta["eot"], amp, options.stride), meta["splits"][split]
         per_word, per_byte = (math.exp(nats * n["tokens"] / n[unit]) for unit in ("words", "bytes"))

@@ -12,6 +12,12 @@ def test_make_prints_help():
         assert f"make {target}" in text
 
 
+def test_make_demo_passes_its_prompt_whole():
+    command = ["make", "-s", "-o", ".venv/installed", "demo", "PY=printf '%s\\n'", "PROMPT=it's a \"q\" (x"]
+    said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert "it's a \"q\" (x" in said.splitlines()
+
+
 def test_every_option_that_the_readme_names_exists():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     for script, options in re.findall(r"(?:python|nproc-per-node=\d+) (\w+\.py)([^\n`#|]*)", readme):

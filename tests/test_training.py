@@ -126,7 +126,7 @@ def test_init_from_takes_the_weights_and_starts_anew(data, tmp_path):
 @pytest.mark.parametrize("n, stride", [(7, None), (7, 3), (16, 5), (17, None), (50, 1), (50, 16), (64, 5)])
 def test_evaluation_scores_every_token_once_as_a_slow_loop_does(n, stride):
     torch.manual_seed(0)
-    cfg = gpt2.Config(vocab_size=40, block_size=16, n_embd=48, n_head=6, n_layer=2, micro_batch=3)
+    cfg = gpt2.Config(vocab_size=40, block_size=16, n_embd=48, n_head=6, n_layer=2, micro_batch=3, dropout=0.5)
     model = gpt2.Model(cfg).eval()
     tokens, eot = np.random.default_rng(0).integers(40, size=n).astype("<u2"), 39
     text, total, seen, step = [eot, *tokens.tolist()], 0.0, 0, stride or 16
@@ -137,7 +137,7 @@ def test_evaluation_scores_every_token_once_as_a_slow_loop_does(n, stride):
         total -= sum(logp[i - start, text[i + 1]].item() for i in range(seen, end))
         seen = end
     amp = torch.autocast("cpu", torch.bfloat16, enabled=False)
-    assert gpt2.evaluate(model, tokens, eot, amp, stride=stride) == pytest.approx(total / n, abs=1e-5)
+    assert gpt2.evaluate(model.train(), tokens, eot, amp, stride=stride) == pytest.approx(total / n, abs=1e-5)
 
 
 def test_eval_only_prints_perplexity_per_token_per_word_and_per_byte(data, tmp_path, capsys):
@@ -258,7 +258,7 @@ def test_bad_options(data, tmp_path):
     assert not (tmp_path / "run").exists()
     train("gpt2", data, tmp_path / "run", "--max-steps", 1)
     assert "--resume" in fails() and "--out" in fails()
-    assert "n_layer" in fails("--resume", "--n-layer", 3)
+    assert "n_layer" in fails("--resume", "--n-layer", 3) and "train, val" in fails("--eval-only", "--split", "test")
 
 
 def test_damaged_and_foreign_checkpoints(data, tmp_path):
