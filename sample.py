@@ -4,6 +4,7 @@ the work of one token, not of the whole text.
     python sample.py --ckpt out/gpt2/ckpt.pt --prompt "def main("        nucleus sampling, printed token by token
     python sample.py --ckpt out/gpt2/ckpt.pt --decode all                one sample of each decoder, with tokens/s
     python sample.py --ckpt out/gpt2/ckpt.pt --num-samples 8 --top-k 40  eight samples of a prompt as one batch
+    python sample.py --ckpt out/masked/ckpt.pt --prompt "for <blank> in"  fills in what scratch_former.py hid in training
 
     logits of the next token (B, V)
        |                    greedy takes the most probable token
@@ -33,6 +34,7 @@ DRAWING = ("top-k", "temperature", "nucleus")
 DECODERS = ("greedy", "beam", *DRAWING)
 OPTIONS = dict.fromkeys(("temperature", "top_k", "top_p", "num_samples", "seed"), DRAWING)  # the decoders that use it
 OPTIONS |= dict.fromkeys(("beam_width", "length_penalty"), ("beam",))
+BLANK = "<blank>"  # in a prompt, what to fill in: a token, or a span of any length
 
 
 def crop(idx, block_size, max_new_tokens):
@@ -91,6 +93,16 @@ def candidates(logits, temperature=1.0, top_k=None, top_p=None):
         outside = ranked.cumsum(-1) - ranked >= max(top_p, 1e-9)
         weights, ids = ranked.masked_fill(outside, 0), ids.gather(1, order)
     return weights, ids
+
+
+def choose(logits, decode, temperature, top_k, top_p, generator):
+    """The next token, (B), by any decoder but beam search: logits (B, V)."""
+    if decode in ("greedy", "beam") or temperature == 0:
+        return logits.argmax(-1)
+    top_k = 50 if decode == "top-k" and top_k is None else top_k
+    top_p = 0.95 if decode == "nucleus" and top_p is None else top_p
+    weights, ids = candidates(logits, temperature, top_k, top_p)
+    return ids.gather(1, torch.multinomial(weights, 1, generator=generator))[:, 0]
 
 
 def beam_search(model, idx, max_new_tokens, width, length_penalty, eot, use_cache):
@@ -152,20 +164,13 @@ def generate(
     if few or not 0 <= temperature < math.inf or not 0 <= (top_p or 0) <= 1:
         raise ValueError("temperature and max_new_tokens must be >= 0, beam_width and top_k >= 1, top_p in [0, 1]")
     idx = crop(idx, model.cfg.block_size, max_new_tokens)
-    top_k = 50 if decode == "top-k" and top_k is None else top_k
-    top_p = 0.95 if decode == "nucleus" and top_p is None else top_p
     model.eval()
     if decode == "beam" and beam_width > 1:
         return beam_search(model, idx, max_new_tokens, beam_width, length_penalty, eot, use_cache)
     context = Context(model, idx, use_cache)
     ended = torch.zeros(len(idx), dtype=torch.bool, device=idx.device)
     for _ in range(max_new_tokens):
-        logits = context.logits()
-        if decode in ("greedy", "beam") or temperature == 0:
-            token = logits.argmax(-1)
-        else:
-            weights, ids = candidates(logits, temperature, top_k, top_p)
-            token = ids.gather(1, torch.multinomial(weights, 1, generator=generator))[:, 0]
+        token = choose(context.logits(), decode, temperature, top_k, top_p, generator)
         if eot is not None:
             token = token.masked_fill(ended, eot)
             ended = token == eot
@@ -175,6 +180,50 @@ def generate(
         if ended.all():
             break
     return context.tokens[:, idx.size(1) :]
+
+
+@torch.no_grad()
+def fill(model, idx, max_new_tokens=200, decode="greedy", temperature=1.0, top_k=None, top_p=None, **options):
+    """Fills blanks with a network of scratch_former.py that was trained to name masked tokens or to write spans. idx is
+    (B, T), with as many blanks in each row, marked with the id vocab_size. Returns B lists of what is in the blanks, a
+    list of token ids each. Masked tokens are named one after the other, the most certain first, so that each choice is
+    seen by the next; spans are written by `generate`, which takes the options. Raises ValueError if there is no blank
+    or too many, for a text that does not fit, and for beam search with masked tokens."""
+    B, T = idx.shape
+    blank, block_size = model.cfg.vocab_size, model.cfg.block_size
+    blanks = idx == blank
+    n = int(blanks.sum()) // B
+    if n == 0 or (blanks.sum(1) != n).any():
+        raise ValueError(f"the prompts need blanks to fill, and as many in each: {BLANK} on the command line")
+    if model.cfg.objective == "masked":
+        if decode not in DECODERS or decode == "beam":
+            raise ValueError(f"decode {decode!r} is invalid for masked tokens, which are named one at a time")
+        model.eval()
+        for _ in range(n):
+            logits = model(idx).float().log_softmax(-1)  # (B, T, V)
+            certainty = logits.amax(-1).masked_fill(idx != blank, -math.inf)
+            best = certainty.argmax(1, keepdim=True)  # (B, 1)
+            logits = logits[torch.arange(B, device=idx.device), best[:, 0]]
+            token = choose(logits, decode, temperature, top_k, top_p, options.get("generator"))
+            idx = idx.scatter(1, best, token[:, None])
+        return [[[token] for token in row] for row in idx[blanks].view(B, n).tolist()]
+    if n >= model.n_logits - blank or T >= block_size:
+        most = model.n_logits - blank - 1
+        raise ValueError(f"{n} blanks in {T} tokens: at most {most}, and room for what to write in {block_size} tokens")
+    source = torch.where(blanks, blank + blanks.cumsum(1) - 1, idx)  # each blank has a sentinel of its own
+    prompt = F.pad(source, (0, 1), value=blank)
+    options |= dict(temperature=temperature, top_k=top_k, top_p=top_p)
+    new = generate(model, prompt, min(max_new_tokens, block_size - T - 1), decode, eot=blank + n, **options)
+    filled = []
+    for row in new.tolist():
+        spans = [[]]
+        for token in row:  # sentinels separate the spans
+            if token >= blank:
+                spans.append([])
+            else:
+                spans[-1].append(token)
+        filled.append((spans + [[]] * n)[:n])
+    return filled
 
 
 def load(ckpt, device="cpu"):

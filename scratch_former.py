@@ -27,7 +27,6 @@ Source: github.com/jrussell25/scratch-former, written to learn from the paper: 4
 - As in the paper, unlike there: embeddings are scaled by sqrt(C), no LayerNorm follows the sum with the positions, Adam
   has the paper's betas, and the exponent of the sinusoids is divided by C (without it, 2 of 512 columns vary).
 - Its perplexity of 34.4 on WikiText-2 counts some 960 tokens. --eval-only --stride 1 scores all, with full windows.
-- Its follow-ups are done: prompts of any length, KV cache, mixed precision, multi-query attention, data parallelism.
 Hidden tokens are BERT's (Devlin et al. 2018, arXiv 1810.04805, 3.1), spans T5's (Raffel et al. 2020, arXiv 1910.10683,
 3.1.4), as in github.com/bri25yu/march, which varies --position, --ff, --head-dim and --no-cross-kv. The norms here stay
 the paper's: T5 puts them before the sublayers, without mean and bias.
@@ -298,6 +297,7 @@ class Model(nn.Module):
         if not cfg.cross_kv and (cfg.n_embd % d_k or cfg.n_head % (cfg.n_embd // d_k)):
             raise ValueError(f"n_head {cfg.n_head} is not a multiple of n_embd / head_dim, as --no-cross-kv needs")
         self.cfg, spans = cfg, cfg.objective == "spans"
+        self.likelihood = cfg.objective == "next"  # of the text: the loss has a meaning in bits per byte
         extra = hidden_lengths(cfg, cfg.block_size)[1] + 1 if spans else cfg.objective == "masked"
         self.n_logits = cfg.vocab_size + extra * spans  # sentinels are written, too
         padded = math.ceil((cfg.vocab_size + extra) / 64) * 64  # for faster matmuls; padded logits are sliced off
@@ -323,8 +323,8 @@ class Model(nn.Module):
 
     @torch.compiler.disable  # it cannot compile generators
     def noise(self, text):
-        """Uniform numbers (2, B, T) by which to hide tokens of text (B, T): of the step's random state in training, of the
-        text in evaluation, so that every model, step and micro_batch is scored on the same hidden tokens."""
+        """Uniform numbers (2, B, T) by which to hide tokens of text (B, T): in training of the step's random state, in
+        evaluation of the text, so that every model, step and micro_batch is scored on the same hidden tokens."""
         if self.training:
             return torch.rand(2, *text.shape, device=text.device)
         seeded = [torch.Generator().manual_seed(sum(row)) for row in text.tolist()]
@@ -339,15 +339,14 @@ class Model(nn.Module):
         x, table = self.embedding(idx), self.positions[past:end]
         if position == "learned":
             x = x + self.position_embedding.weight[past:end]
-        x = math.sqrt(self.cfg.n_embd) * x
-        x = self.drop(x + table if position == "sinusoid" else x)
+        x = math.sqrt(self.cfg.n_embd) * x + (table if position == "sinusoid" else 0.0)
         key = torch.arange(end, device=idx.device)
         distance = key - key[past:, None]  # (T, past + T), of each key from each query: negative to the left
         # Query t has position past + t and sees the keys up to there: 0 is added to their scores, -inf to all others.
         mask = x.new_zeros(distance.shape).masked_fill(distance > 0, -math.inf if causal else 0.0)
         if position == "relative":
             mask = mask + self.relative_embedding[-1 if causal else 0](buckets(distance, causal)).permute(2, 0, 1)
-        rotation = table if position == "rotary" else None
+        x, rotation = self.drop(x), table if position == "rotary" else None
         for layer, block in enumerate(blocks):
             x = block(x, mask, rotation, memory and memory[layer], cache, layer)
         return x
@@ -562,7 +561,7 @@ def train(cfg, options, ckpt):
     amp = torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
     torch.set_float32_matmul_precision("medium" if dtype == torch.bfloat16 else "highest")  # of the loss's matmuls
     # Bits per byte = nats per token x bits per nat (1 / ln 2) x tokens per byte, which are those of the whole split.
-    bits = {split: n["tokens"] / n["bytes"] / math.log(2) for split, n in meta["splits"].items()}
+    bits = {split: n["tokens"] / n["bytes"] / math.log(2) for split, n in meta["splits"].items() if model.likelihood}
     peaks = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "4090": 165e12}  # FLOP/s of dense bfloat16 matmuls
     peak = next((flops * world_size for name, flops in peaks.items() if name in gpu), None)
     with FlopCounterMode(display=False) as counter, torch.no_grad():  # a backward pass costs two forward passes
@@ -628,11 +627,11 @@ def train(cfg, options, ckpt):
         if step % cfg.log_interval == 0 or evaluating or stopped:
             speed, mark = (tokens - mark[0]) / (seconds - mark[1]), (tokens, seconds)
             more = f", MFU {3 * counter.get_total_flops() / cfg.block_size * speed / peak:.1%}" if peak else ""
-            more += f", validation loss {val:.4f}, {val * bits['val']:.4f} bits per byte" if val else ""
+            val_bits = val * bits["val"] if val and bits else ""
+            more += f", validation loss {val:.4f}" + (f", {val_bits:.4f} bits per byte" if bits else "") if val else ""
             print0(f"step {step:,}/{cfg.max_steps:,}: loss {loss:.4f}, lr {lr:.2e}, norm {norm:.2f}, {speed:,.0f} "
                    f"tokens/s, {(cfg.max_steps - step) * per_step / speed / 60:.0f} min left{more}")  # fmt: skip
-            vals = (val, val * bits["val"]) if val else ("", "")
-            print(step, tokens, loss, *vals, lr, norm, speed, seconds, sep=",", file=log)
+            print(step, tokens, loss, val or "", val_bits, lr, norm, speed, seconds, sep=",", file=log)
         if (evaluating or stopped) and math.isfinite(val or 0.0):
             save("ckpt.pt")
     if stopped:
@@ -641,9 +640,9 @@ def train(cfg, options, ckpt):
         raise ValueError(f"--split {options.split}: {cfg.data} has {', '.join(splits)}")
     if (split := options.split) in splits:  # at the end all of it counts
         nats, n = evaluate(model, splits[split], meta["eot"], amp, options.stride), meta["splits"][split]
-        per_word, per_byte = (math.exp(nats * n["tokens"] / n[unit]) for unit in ("words", "bytes"))
-        print0(f"all of {split}: {nats:.4f} nats per token, {nats * bits[split]:.4f} bits per byte; perplexity"
-               f" {math.exp(nats):,.2f} per token, {per_word:,.2f} per word, {per_byte:.4f} per byte")  # fmt: skip
+        per = ", ".join(f"{math.exp(nats * n['tokens'] / n[u]):.4f} per {u[:-1]}" for u in ("tokens", "words", "bytes"))
+        more = f", {nats * bits[split]:.4f} bits per byte; perplexity {per}" if bits else ""
+        print0(f"all of {split}: {nats:.4f} nats per token{more}")
 
 
 def main(argv=None):
