@@ -185,10 +185,10 @@ def generate(
 
 @torch.no_grad()
 def fill(model, idx, max_new_tokens=200, decode="greedy", temperature=1.0, top_k=None, top_p=None, **options):
-    """Fills blanks with a network of scratch_former.py for masked tokens or spans. idx is (B, T), with the id vocab_size
-    for each blank, as many in each row; returns the B texts, lists of token ids. Masked tokens are chosen one after the
+    """Fills blanks with a network of scratch_former.py for masked tokens or spans. idx is (B, T), the id vocab_size stands
+    for a blank, as many in each row; returns the B texts, lists of token ids. Masked tokens are chosen one after the
     other, the most certain first, so that the next ones see it; spans are written by `generate`, in one text, with its
-    options. Raises ValueError for beam search of masked tokens, no blanks or too many, and a text that does not fit."""
+    options. Raises ValueError for beam search of masked tokens, for no or too many blanks, and too long a text."""
     blank, block_size = model.cfg.vocab_size, model.cfg.block_size
     blanks = idx == blank
     n = int(blanks[0].sum())
@@ -319,7 +319,7 @@ def main(argv=None):
     add = parser.add_argument
     add("--ckpt", default="out/gpt2/ckpt.pt", help="checkpoint of any model file (default: %(default)s)")
     source = parser.add_mutually_exclusive_group()
-    source.add_argument("--prompt", default=None, help=f"text to continue ('' begins a document), or to fill each {BLANK} of (default: stdin)")
+    source.add_argument("--prompt", default=None, help=f"text to continue, or with {BLANK} to fill (default: stdin)")
     source.add_argument("--prompt-file", default=None, help="UTF-8 text file that holds the prompt")
     add("--decode", choices=(*DECODERS, "all"), default=None, help="(default: nucleus; greedy for blanks)")
     add("--max-new-tokens", type=int, default=200, help="(default: %(default)s)")
