@@ -185,7 +185,7 @@ def generate(
 
 @torch.no_grad()
 def fill(model, idx, max_new_tokens=200, decode="greedy", temperature=1.0, top_k=None, top_p=None, **options):
-    """Fills blanks with a network of scratch_former.py for masked tokens or spans. idx is (B, T), with the id vocab_size
+    """Fills blanks with a network of scratch_former.py for masked tokens or spans. idx is (B, T), the id vocab_size
     for a blank, as many in each row; returns the B texts, lists of token ids. Masked tokens are chosen one after the
     other, the most certain first, so that the next ones see it; spans are written by `generate`, in one text, with its
     options. Raises ValueError for beam search of masked tokens, for no or too many blanks, and too long a text."""
