@@ -164,6 +164,9 @@ def test_a_decoder_sees_the_whole_source_and_no_later_token_with_or_without_a_ca
         moved, first = (model(idx) - plain).abs().amax((0, 2)), t if ids is spans else 0
         assert (moved[:first] == 0).all() and (moved[first:] > 1e-6).all()
         ids[:, t] = old
+    with torch.enable_grad():  # the encoder and the decoder each have a table of their own
+        model(idx, idx).backward()
+    assert [name for name, p in model.named_parameters() if p.grad is None] == []
 
 
 def slow_attention(attn, x, source, bias=lambda head, i, j: 0.0, turn=lambda vector, i: vector):
