@@ -97,6 +97,13 @@ def test_micro_batches_do_not_change_the_losses(data, tmp_path):
     assert [float(r["train_loss"]) for r in one] == pytest.approx([float(r["train_loss"]) for r in three], abs=1e-5)
 
 
+def test_every_step_has_other_random_numbers(data, tmp_path, monkeypatch):
+    seeds, seed = [], torch.manual_seed
+    monkeypatch.setattr(torch, "manual_seed", lambda n: seeds.append(n) or seed(n))
+    train("gpt2", data, tmp_path / "run", "--max-steps", 4)
+    assert len(seeds) == len(set(seeds)) == 5  # of the weights, and of dropout in each step
+
+
 def test_two_processes_train_as_one(data, tmp_path):
     more = ("--max-steps", 4, "--eval-interval", 2, "--batch-size", 5)  # one process has 3 rows, the other 2
     one = train("gpt2", data, tmp_path / "one", *more)
