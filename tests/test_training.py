@@ -229,7 +229,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_before_the_step(value, data, tmp
     # A learning rate that breaks the weights in its first step: no checkpoint holds the wreck.
     more = ("--resume", "--max-steps", 40, "--learning-rate", 1e30, "--eval-interval", 1)
     assert "step" in refused(gpt2.main, *argv(data, tmp_path / "run", *more))
-    assert all(w.isfinite().all() for w in weights(tmp_path / "run").values())
+    assert all((w.abs() < 1000).all() for w in weights(tmp_path / "run").values())
 
 
 def test_bad_data_folders(data, tmp_path):
