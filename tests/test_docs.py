@@ -13,9 +13,9 @@ def test_make_prints_help():
 
 
 def test_make_demo_passes_its_prompt_whole():
-    command = ["make", "-s", "-o", ".venv/installed", "demo", "PY=printf '%s\\n'", "PROMPT=it's a \"q\" (x"]
+    command = ["make", "-s", "-o", ".venv/installed", "demo", "PY=printf '%s\\n'", 'PROMPT=it\'s a "q" (x']
     said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    assert "it's a \"q\" (x" in said.splitlines()
+    assert 'it\'s a "q" (x' in said.splitlines()
 
 
 def test_every_option_that_the_readme_names_exists():
