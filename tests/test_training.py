@@ -97,13 +97,17 @@ def test_micro_batches_do_not_change_the_losses(data, tmp_path):
     assert [float(r["train_loss"]) for r in one] == pytest.approx([float(r["train_loss"]) for r in three], abs=1e-5)
 
 
-def test_every_step_has_other_random_numbers(data, tmp_path, monkeypatch):
+def test_every_step_has_other_random_numbers_and_its_own_learning_rate(data, tmp_path, monkeypatch):
     seeds, seed, batches, rng = [], torch.manual_seed, [], np.random.default_rng
     monkeypatch.setattr(torch, "manual_seed", lambda n: seeds.append(n) or seed(n))
     monkeypatch.setattr(np.random, "default_rng", lambda n: batches.append(tuple(n)) or rng(n))
+    monkeypatch.setattr(gpt2, "learning_rate", lambda step, cfg: 0.0)
     train("gpt2", data, tmp_path / "run", "--max-steps", 4)
     assert len(seeds) == len(set(seeds)) == 5  # of the weights, and of dropout in each step
     assert len(batches) == len(set(batches)) == 4
+    seed(1337)
+    initial = gpt2.Model(gpt2.Config(300, 64, 12, 6, 48)).state_dict()
+    assert all(torch.equal(w, initial[k]) for k, w in weights(tmp_path / "run").items())
 
 
 def test_two_processes_train_as_one(data, tmp_path):
