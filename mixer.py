@@ -423,7 +423,7 @@ def train(cfg, options, ckpt):
     with FlopCounterMode(display=False) as counter, torch.no_grad():  # a backward pass costs two forward passes
         model(torch.zeros(1, cfg.block_size, dtype=torch.long, device=device))
     per_step = cfg.batch_size * cfg.block_size  # tokens
-    print0(f"{sum(p.numel() for p in model.parameters()):,} parameters, {per_step:,} tokens per step, {gpu or device}")
+    print0(f"{sum(p.numel() for p in model.parameters()):,} parameters, {gpu or device}, {dtype}, {cfg.data} -> {out}")
 
     def save(file):
         state = dict(model_file=Path(__file__).name, config=asdict(cfg), tokenizer=tokenizer, step=step, tokens=tokens)

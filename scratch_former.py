@@ -262,7 +262,7 @@ def hide_spans(text, noise, cfg):
 
     spans = random_lengths(noise[0], n_hidden, n_spans)
     gaps = random_lengths(noise[1], T - n_hidden + 2, n_spans + 1)
-    gaps[:, [0, -1]] -= 1  # a text may begin or end with a span
+    gaps[:, 0] -= 1  # a text may begin with a span; it ends with one if the last gap, which is one longer, is 1
     # Parts of the text, 0 to 2 n_spans: gap, span, gap, span, ... Spans have the odd numbers.
     ends = torch.stack([gaps[:, :-1], spans], dim=-1).flatten(1).cumsum(1)
     part = torch.searchsorted(ends, torch.arange(T, device=text.device).repeat(B, 1), right=True)  # (B, T)
@@ -567,7 +567,7 @@ def train(cfg, options, ckpt):
     with FlopCounterMode(display=False) as counter, torch.no_grad():  # a backward pass costs two forward passes
         model(torch.zeros(1, cfg.block_size, dtype=torch.long, device=device))
     per_step = cfg.batch_size * cfg.block_size  # tokens
-    print0(f"{sum(p.numel() for p in model.parameters()):,} parameters, {per_step:,} tokens per step, {gpu or device}")
+    print0(f"{sum(p.numel() for p in model.parameters()):,} parameters, {gpu or device}, {dtype}, {cfg.data} -> {out}")
 
     def save(file):
         state = dict(model_file=Path(__file__).name, config=asdict(cfg), tokenizer=tokenizer, step=step, tokens=tokens)

@@ -12,7 +12,6 @@ import pytest
 import torch
 from conftest import MODEL_FILES, ROOT, load, train
 from test_gpt2 import as_hugging_face, random_model
-from transformers import GenerationConfig
 
 import gpt2
 import sample
@@ -29,31 +28,27 @@ def tokens(*shape, vocab_size=12, seed=0):
 
 
 def tiny(seed=0, **config):
-    """A GPT-2 with peaked distributions: the most probable of 12 tokens has about half the mass. In float64 rounding
-    decides no tie."""
+    """A GPT-2 whose most probable token of 12 has about half the mass. In float64, rounding decides no tie."""
     config = {"vocab_size": 12, "block_size": 16, "n_layer": 1, "n_embd": 16, "n_head": 2, **config}
     return random_model(seed, std=0.4, **config).double()
 
 
-# --- greedy, beam search, the window and the cache
-
-
 @pytest.mark.parametrize("width, length_penalty", [(1, 1.0), (3, 0.0), (3, 1.0), (3, 2.0), (5, 1.0)])
 def test_greedy_and_beam_search_equal_hugging_face_token_for_token(width, length_penalty):
-    config, ended_early = GenerationConfig(do_sample=False, max_new_tokens=10), 0
-    if width > 1:
-        config.update(num_beams=width, early_stopping="never", length_penalty=length_penalty)
+    """Greedy is also what a beam of width 1 gives, and what drawing gives at a temperature of 0, or almost 0."""
+    theirs = dict(num_beams=width, early_stopping="never", length_penalty=length_penalty, do_sample=False)
+    ended_early = 0
     for seed, end in itertools.product(range(12), (False, True)):
         V = [6, 12, 30][seed % 3]
         model, eot, idx = tiny(seed, vocab_size=V), V - 1, tokens(1 + seed % 2, 1 + seed % 5, vocab_size=V, seed=seed)
-        with torch.no_grad():
-            model.wte.weight[eot] *= 3  # often the best token or the worst: some rows end early
-        config.update(eos_token_id=eot if end else None, pad_token_id=eot)
-        new = as_hugging_face(model).generate(idx, attention_mask=torch.ones_like(idx), generation_config=config)
-        options = dict(beam_width=width, length_penalty=length_penalty, eot=eot if end else None)
-        for decode in ("greedy", "beam")[width > 1 :]:
-            assert sample.generate(model, idx, 10, decode, **options).equal(new[:, idx.size(1) :])
-        ended_early += end and (new[:, idx.size(1) :] == eot).any().item()
+        model.wte.weight.data[eot] *= 3  # often the best token or the worst: some rows end early
+        theirs |= dict(max_new_tokens=10, eos_token_id=eot if end else None, pad_token_id=eot)
+        new = as_hugging_face(model).generate(idx, attention_mask=torch.ones_like(idx), **theirs)[:, idx.size(1) :]
+        ours = dict(beam_width=width, length_penalty=length_penalty, eot=eot if end else None)
+        for decode in sample.DECODERS if width == 1 else ["beam"]:
+            temperature = (0, 1e-46, 1e-38, 1e-10)[seed % 4]
+            assert sample.generate(model, idx, 10, decode, temperature, **ours).equal(new)
+        ended_early += end and (new == eot).any().item()
     assert ended_early >= 4
 
 
@@ -85,14 +80,12 @@ def test_a_beam_that_is_wide_enough_finds_what_exhaustive_search_finds(eot, leng
 
 @pytest.mark.parametrize("name", MODEL_FILES)
 def test_cached_uncached_and_plain_forward_passes_give_the_same_text_while_the_window_slides(name):
-    """And rows end at eot and are filled up with it."""
     module = load(name)
     block_size = max(32, 2 * getattr(module.Config, "ahead", 1))
     torch.manual_seed(0)
     model = module.Model(module.Config(vocab_size=12, block_size=block_size, n_embd=24, n_head=2)).double().eval()
-    with torch.no_grad():
-        for p in model.parameters():
-            p += 0.2 * torch.randn(p.shape)
+    for p in model.parameters():
+        p.data += 0.2 * torch.randn(p.shape)
     idx, n = tokens(2, block_size * 3 // 4), block_size * 7 // 8
 
     def both(prompts, **options):
@@ -105,21 +98,15 @@ def test_cached_uncached_and_plain_forward_passes_give_the_same_text_while_the_w
         free = both(idx, decode=decode)
         if decode in ("greedy", "beam"):
             assert free == [slow_search(model, row, n, 4 if decode == "beam" else 1) for row in idx]
-        eot = free[0][3]
-        new, length = both(idx, decode=decode, eot=eot), max(row.index(eot) + 1 if eot in row else n for row in free)
-        if decode != "beam":
-            cut = [row[: row.index(eot)] if eot in row else row for row in free]
-            assert new == [(row + [eot] * n)[:length] for row in cut]
+        both(idx, decode=decode, eot=free[0][3])
         both(idx[:1].expand(3, -1), decode=decode)  # equal rows are computed once
 
 
 def test_a_cached_step_computes_new_tokens_only_and_equal_prompts_once():
-    model, shapes = tiny(), []
+    model, idx, shapes = tiny(), tokens(1, 3).expand(2, -1), []
     model.register_forward_pre_hook(lambda model, args: shapes.append(tuple(args[0].shape)))
     for use_cache in (True, False):
-        sample.generate(
-            model, tokens(1, 3).expand(2, -1), 3, generator=seeded(0), decode="nucleus", use_cache=use_cache
-        )
+        sample.generate(model, idx, 3, "nucleus", generator=seeded(0), use_cache=use_cache)
     assert shapes == [(1, 3), (2, 1), (2, 1), (1, 3), (2, 4), (2, 5)]
 
 
@@ -195,9 +182,6 @@ def test_masked_tokens_are_named_the_most_certain_first_and_impossible_prompts_a
             sample.fill(for_blanks(objective), torch.tensor([prompt]), decode=decode)
 
 
-# --- distributions
-
-
 def exact(logits, temperature=1.0, top_k=None, top_p=None):
     """The distribution to draw from, one id at a time: temperature, then top-k, then nucleus."""
     weights = [math.exp(x / temperature) for x in logits]
@@ -225,14 +209,6 @@ def test_the_filters_equal_a_loop_over_ids_and_keep_exactly_what_they_should():
     assert (filtered(torch.zeros(1, 6000), top_p=0.75) > 0).sum() == pytest.approx(4500, abs=1)
 
 
-def fits(counts, expected):
-    """Pearson's chi-squared test: False for counts that are rarer than 1 in 10,000."""
-    n = sum(counts)
-    assert all(count == 0 for count, p in zip(counts, expected) if p == 0)  # what a filter took out is never drawn
-    terms = [(count - n * p) ** 2 / (n * p) for count, p in zip(counts, expected) if n * p >= 5]
-    return sum(terms) < len(terms) + 2 * math.sqrt(9.2 * len(terms)) + 18.4  # Laurent and Massart 2000, lemma 1
-
-
 CASES = [("temperature", {}), ("temperature", {"temperature": 0.5}), ("top-k", {}), ("top-k", {"temperature": 2.0})]
 CASES += [("top-k", {"top_k": 9, "top_p": 0.8}), ("nucleus", {}), ("nucleus", {"temperature": 1.5, "top_k": 9})]
 CASES += [("greedy", {}), ("beam", {"beam_width": 3, "length_penalty": 0.5})]
@@ -241,52 +217,33 @@ CASES += [("greedy", {}), ("beam", {"beam_width": 3, "length_penalty": 0.5})]
 @pytest.mark.parametrize("decode, options", CASES[:-2])
 def test_draws_have_the_exact_distribution(decode, options):
     filters = {**{"top-k": {"top_k": 50}, "nucleus": {"top_p": 0.95}}.get(decode, {}), **options}
-    model, prompt = tiny(1, vocab_size=60), tokens(1, 4, vocab_size=60)
-    new = sample.generate(model, prompt.repeat(20_000, 1), 1, decode, generator=seeded(0), **options)[:, 0]
-    counts, logits = torch.bincount(new, minlength=60).tolist(), model(prompt)[0, -1].tolist()
-    assert fits(counts, exact(logits, **filters))
-    if decode == "temperature":  # the test can tell a temperature from a close one
-        assert not fits(counts, exact(logits, 1.1 * filters.get("temperature", 1.0)))
+    model, prompt, n = tiny(1, vocab_size=60), tokens(1, 4, vocab_size=60), 20_000
+    new = sample.generate(model, prompt.expand(n, -1), 1, decode, generator=seeded(0), **options)[:, 0]
+    for count, p in zip(torch.bincount(new, minlength=60).tolist(), exact(model(prompt)[0, -1].tolist(), **filters)):
+        bound = 5.4 * math.sqrt(n * p * (1 - p)) + 4.8  # Bernstein's inequality: exceeded once in a million counts
+        assert abs(count - n * p) <= (bound if p > 0 else 0)  # what a filter took out is never drawn
 
 
-@pytest.mark.parametrize("decode", sample.DRAWING)
-def test_seeds_tiny_temperatures_and_samples_of_one_prompt(decode):
-    model, idx = tiny(), tokens(1, 3).repeat(8, 1)
-    first, again, other = (sample.generate(model, idx, 12, decode, generator=seeded(seed)) for seed in (1, 1, 2))
-    assert first.equal(again) and not first.equal(other)
-    assert len({tuple(row) for row in first.tolist()}) == 8  # the samples differ
-    for temperature in (0, 1e-46, 1e-38, 1e-10):
-        assert sample.generate(model, idx, 12, decode, temperature).equal(sample.generate(model, idx, 12))
-    with torch.no_grad():
-        model.ln_f.weight.zero_()
-        model.ln_f.bias.zero_()
-    assert sample.generate(model, idx, 12, decode, 0).equal(
-        sample.generate(model, idx, 12)
-    )  # where all logits are equal
-
-
-def test_dropout_is_off_and_arguments_out_of_range_are_refused():
+def test_dropout_is_off_equal_logits_and_arguments_out_of_range():
     model, idx = tiny(dropout=0.5), tokens(2, 3)
     assert sample.generate(model, idx, 12).equal(sample.generate(model.train(), idx, 12))
     assert all(sample.generate(model, idx, 0, decode).shape == (2, 0) for decode in sample.DECODERS)
-    for name, values in dict(temperature=(-1.0, math.nan, math.inf), top_p=(1.5, -0.1), top_k=(0,)).items():
-        for value in values:
-            with pytest.raises(ValueError, match=name):
-                sample.generate(model, idx, 4, "nucleus", **{name: value})
+    temperatures = [{"temperature": value} for value in (-1.0, math.nan, math.inf)]
+    for wrong in [*temperatures, {"top_p": 1.5}, {"top_p": -0.1}, {"top_k": 0}]:
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            sample.generate(model, idx, 4, "nucleus", **wrong)
     for shape in ((3,), (2, 0)):
         with pytest.raises(ValueError, match=r"expected \(B, T\)"):
             sample.generate(model, torch.zeros(shape, dtype=torch.long), 4)
-
-
-# --- the command line
+    torch.nn.init.zeros_(model.wte.weight)  # all logits are equal
+    assert sample.generate(model, idx, 12, "nucleus", temperature=0).equal(sample.generate(model, idx, 12))
 
 
 @pytest.fixture(scope="module")
 def ckpt(data, tmp_path_factory):
     """A step of training writes the checkpoint; then weights so large that every token of a prompt matters."""
     path = tmp_path_factory.mktemp("out") / "ckpt.pt"
-    shape = "--block-size 32 --n-layer 1 --n-head 2 --n-embd 16 --batch-size 2 --micro-batch 2 --max-steps 1"
-    gpt2.main(f"--data {data} --out {path.parent} --device cpu {shape}".split())
+    train("gpt2", data, path.parent, "--block-size", 32, "--n-layer", 1, "--max-steps", 1)
     state = torch.load(path, weights_only=True)
     for w in state["model"].values():
         w.normal_(std=0.4, generator=seeded(w.numel()))
@@ -314,8 +271,7 @@ def say(ckpt, capsys):
 def test_the_command_line_prints_what_generate_returns(say, ckpt, decode, options):
     model, tokenizer = sample.load(ckpt)
     flags = [x for name, value in options.items() for x in (f"--{name.replace('_', '-')}", value)]
-    if decode == "temperature":
-        options = {"temperature": 0.7, **options}
+    options = {"temperature": 0.7, **options} if decode == "temperature" else options
     for prompt in ("the naïve model", "<|endoftext|>", ""):  # special tokens in a prompt are plain text
         idx = torch.tensor([tokenizer.encode_ordinary(prompt) or [tokenizer.eot_token]])
         new = sample.generate(model, idx, 20, decode, **options, eot=tokenizer.eot_token, generator=seeded(1337))
@@ -330,10 +286,8 @@ def test_all_decoders_many_samples_no_cache_and_a_long_prompt(say, ckpt, capsys,
     assert [decode for decode, _ in parts] == [*sample.DECODERS]
     assert all(text.startswith("the model") and "tokens/s)" in text for _, text in parts)
     samples = say("--prompt", "the", "--num-samples", 40, "--temperature", 2).split("\n[")
-    assert (
-        samples[0].startswith("[1] the") and samples[39].startswith("40] the") and "<|endoftext|>" not in str(samples)
-    )
-    assert len({text.split("] ", 1)[1] for text in samples}) == 40  # all differ
+    assert [text[: text.index("] the")] for text in samples] == ["[1", *map(str, range(2, 41))]
+    assert len({text.split("] ", 1)[1] for text in samples}) == 40 and "<|endoftext|>" not in str(samples)
     caches, new_cache = [], gpt2.Model.new_cache
     monkeypatch.setattr(gpt2.Model, "new_cache", lambda self, n: caches.append(n) or new_cache(self, n))
     assert say("--prompt", "the") == say("--prompt", "the", "--no-cache") and len(caches) > 2
@@ -356,12 +310,10 @@ def test_prompts_of_a_session_draw_on_and_the_seed_fixes_the_session(say, tmp_pa
 
 def test_the_printer_never_cuts_a_character(capsys):
     show, data, printed = sample.printer(load_tokenizer("bytes"), "> "), "naïve 你好, мир 🏳️‍🌈".encode(), ""
-    for i in range(len(data)):
-        show(torch.tensor([data[i]]))
+    for i, token in enumerate([*data, 256], 1):  # at last the end of text, which is not printed
+        show(torch.tensor([token]))
         printed += capsys.readouterr().out
-        assert printed == "> " + data[: i + 1].decode(errors="ignore")  # every character as soon as it is complete
-    show(torch.tensor([256]))
-    assert capsys.readouterr().out == ""  # end of text
+        assert printed == "> " + data[:i].decode(errors="ignore")  # every character as soon as it is complete
 
 
 @pytest.mark.parametrize("stop", ["interrupt", "close"])
@@ -375,20 +327,29 @@ def test_ctrl_c_and_a_closed_pipe_end_without_a_traceback(ckpt, stop):
     assert child.stderr.read().strip() == b""
 
 
-def test_options_that_have_no_effect_or_make_no_sense(say):
-    useless = {
-        "greedy": "--temperature",
-        "beam": "--num-samples",
-        "top-k": "--beam-width",
-        "nucleus": "--length-penalty",
-    }
-    for decode, option in useless.items():
+def test_what_has_no_effect_or_cannot_be_used_is_one_line(say, ckpt, tmp_path):
+    options = ("--temperature", "--num-samples", "--beam-width", "--length-penalty")
+    for decode, option in zip(("greedy", "beam", "top-k", "nucleus"), options):
         assert f"{option} has no effect with --decode {decode}, only with " in say("--decode", decode, option, 1)
     assert "--prompt-file: not allowed with" in say("--prompt", "the", "--prompt-file", "nothing.txt")
     assert "top_k >= 1" in say("--prompt", "the", "--top-k", 0)
     for option in ("--decode", "--device", "--prompt-file", "--ckpt"):
         assert "nothing" in say(option, "nothing")
     assert "ckpt.pt continues a text: it cannot fill a <blank>" in say("--prompt", "def <blank>(")
+    folder, state = tmp_path / "a folder", torch.load(ckpt, weights_only=True)
+    folder.mkdir()
+    assert say("--ckpt", folder).endswith("Checkpoints in it: none")
+    states = {"key": {**state, "config": {"no_such_field": 1}}, "file": {**state, "model_file": "gpt3.py"}}
+    for name, state in states.items():
+        torch.save(state, folder / f"{name}.pt")
+        assert f"{name}.pt does not fit {state['model_file']}: " in say("--ckpt", folder / f"{name}.pt")
+    assert say("--ckpt", folder).endswith(f"'{folder}/file.pt', '{folder}/key.pt'")
+    (folder / "text.pt").write_bytes("naïve".encode("latin-1"))
+    assert "text.pt is not UTF-8" in say("--prompt-file", folder / "text.pt")
+    for name in ("text", "none"):  # in a Python session, too, an error that can be caught
+        assert f"{name}.pt" in say("--ckpt", folder / f"{name}.pt")
+        with pytest.raises((ValueError, FileNotFoundError), match=rf"{name}\.pt"):
+            sample.load(folder / f"{name}.pt")
 
 
 @pytest.mark.parametrize("objective", ["masked", "spans"])
@@ -401,20 +362,3 @@ def test_the_command_line_fills_blanks(objective, say, data, tmp_path):
     printed = say(*ckpt, "--prompt", "<blank>model<blank>", "--decode", "all")
     assert printed.count("model") >= 4 and ("--- beam" in printed) == (objective == "spans")
     assert "ckpt.pt fills blanks: the prompt needs a <blank>" in say(*ckpt, "--prompt", "the model")
-
-
-def test_unusable_checkpoints_and_prompts(say, ckpt, tmp_path, data):
-    folder, state = tmp_path / "a folder", torch.load(ckpt, weights_only=True)
-    folder.mkdir()
-    assert say("--ckpt", folder).endswith("Checkpoints in it: none")
-    torch.save({**state, "config": {**state["config"], "no_such_field": 1}}, folder / "key.pt")
-    torch.save({**state, "model_file": "gpt3.py"}, folder / "file.pt")
-    assert "key.pt does not fit gpt2.py: " in say("--ckpt", folder / "key.pt")
-    assert "file.pt does not fit gpt3.py: " in say("--ckpt", folder / "file.pt")
-    assert say("--ckpt", folder).endswith(f"'{folder}/file.pt', '{folder}/key.pt'")
-    (folder / "text.pt").write_bytes("naïve".encode("latin-1"))
-    assert "text.pt" in say("--ckpt", folder / "text.pt")
-    assert "text.pt is not UTF-8" in say("--prompt-file", folder / "text.pt")
-    for name in ("text", "none"):  # the same in a Python session
-        with pytest.raises((ValueError, FileNotFoundError), match=rf"{name}\.pt"):
-            sample.load(folder / f"{name}.pt")
