@@ -582,8 +582,8 @@ def train(cfg, options, ckpt):
         raise ValueError(f"--split {options.split}: {cfg.data} has {', '.join(splits)}")
     if (split := options.split) in splits:  # at the end all of it counts
         nats, n = evaluate(model, splits[split], meta["eot"], amp, options.stride), meta["splits"][split]
-        per = ", ".join(f"{math.exp(nats * n['tokens'] / n[u]):.4f} per {u[:-1]}" for u in ("tokens", "words", "bytes"))
-        more = f", {nats * bits[split]:.4f} bits per byte; perplexity {per}" if bits else ""
+        pp = ", ".join(f"{math.exp(nats * n['tokens'] / n[u]):,.4f} per {u[:-1]}" for u in ("tokens", "words", "bytes"))
+        more = f", {nats * bits[split]:.4f} bits per byte; perplexity {pp}" if bits else ""
         print0(f"all of {split}: {nats:.4f} nats per token{more}")
 
 
