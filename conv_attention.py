@@ -290,6 +290,8 @@ class Model(nn.Module):
     continues what the cache has seen. Raises ValueError for sizes that do not fit each other, and for a text longer
     than block_size."""
 
+    likelihood = True  # of the text: the loss has a meaning in bits per byte
+
     def __init__(self, cfg):
         super().__init__()
         n_layer, widths = sizes(cfg)
@@ -501,7 +503,7 @@ def train(cfg, options, ckpt):
     amp = torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
     torch.set_float32_matmul_precision("medium" if dtype == torch.bfloat16 else "highest")  # of the loss's matmuls
     # Bits per byte = nats per token x bits per nat (1 / ln 2) x tokens per byte, which are those of the whole split.
-    bits = {split: n["tokens"] / n["bytes"] / math.log(2) for split, n in meta["splits"].items()}
+    bits = {split: n["tokens"] / n["bytes"] / math.log(2) for split, n in meta["splits"].items() if model.likelihood}
     peaks = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "4090": 165e12}  # FLOP/s of dense bfloat16 matmuls
     peak = next((flops * world_size for name, flops in peaks.items() if name in gpu), None)
     with FlopCounterMode(display=False) as counter, torch.no_grad():  # a backward pass costs two forward passes
@@ -567,11 +569,11 @@ def train(cfg, options, ckpt):
         if step % cfg.log_interval == 0 or evaluating or stopped:
             speed, mark = (tokens - mark[0]) / (seconds - mark[1]), (tokens, seconds)
             more = f", MFU {3 * counter.get_total_flops() / cfg.block_size * speed / peak:.1%}" if peak else ""
-            more += f", validation loss {val:.4f}, {val * bits['val']:.4f} bits per byte" if val else ""
+            val_bits = val * bits["val"] if val and bits else ""
+            more += f", validation loss {val:.4f}" + (f", {val_bits:.4f} bits per byte" if bits else "") if val else ""
             print0(f"step {step:,}/{cfg.max_steps:,}: loss {loss:.4f}, lr {lr:.2e}, norm {norm:.2f}, {speed:,.0f} "
                    f"tokens/s, {(cfg.max_steps - step) * per_step / speed / 60:.0f} min left{more}")  # fmt: skip
-            vals = (val, val * bits["val"]) if val else ("", "")
-            print(step, tokens, loss, *vals, lr, norm, speed, seconds, sep=",", file=log)
+            print(step, tokens, loss, val or "", val_bits, lr, norm, speed, seconds, sep=",", file=log)
         if (evaluating or stopped) and math.isfinite(val or 0.0):
             save("ckpt.pt")
     if stopped:
@@ -580,9 +582,9 @@ def train(cfg, options, ckpt):
         raise ValueError(f"--split {options.split}: {cfg.data} has {', '.join(splits)}")
     if (split := options.split) in splits:  # at the end all of it counts
         nats, n = evaluate(model, splits[split], meta["eot"], amp, options.stride), meta["splits"][split]
-        per_word, per_byte = (math.exp(nats * n["tokens"] / n[unit]) for unit in ("words", "bytes"))
-        print0(f"all of {split}: {nats:.4f} nats per token, {nats * bits[split]:.4f} bits per byte; perplexity"
-               f" {math.exp(nats):,.2f} per token, {per_word:,.2f} per word, {per_byte:.4f} per byte")  # fmt: skip
+        pp = ", ".join(f"{math.exp(nats * n['tokens'] / n[u]):,.4f} per {u[:-1]}" for u in ("tokens", "words", "bytes"))
+        more = f", {nats * bits[split]:.4f} bits per byte; perplexity {pp}" if bits else ""
+        print0(f"all of {split}: {nats:.4f} nats per token{more}")
 
 
 def main(argv=None):

@@ -4,6 +4,7 @@ the work of one token, not of the whole text.
     python sample.py --ckpt out/gpt2/ckpt.pt --prompt "def main("        nucleus sampling, printed token by token
     python sample.py --ckpt out/gpt2/ckpt.pt --decode all                one sample of each decoder, with tokens/s
     python sample.py --ckpt out/gpt2/ckpt.pt --num-samples 8 --top-k 40  eight samples of a prompt as one batch
+    python sample.py --ckpt out/masked/ckpt.pt --prompt "for <blank> in"  fills blanks: see scratch_former.py
 
     logits of the next token (B, V)
        |                    greedy takes the most probable token
@@ -25,6 +26,7 @@ import time
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 from gpt2 import choose_device, read_checkpoint  # the same code in every model file
 from prepare_data import load_tokenizer
@@ -33,6 +35,7 @@ DRAWING = ("top-k", "temperature", "nucleus")
 DECODERS = ("greedy", "beam", *DRAWING)
 OPTIONS = dict.fromkeys(("temperature", "top_k", "top_p", "num_samples", "seed"), DRAWING)  # the decoders that use it
 OPTIONS |= dict.fromkeys(("beam_width", "length_penalty"), ("beam",))
+BLANK = "<blank>"  # in a prompt, what to fill in: a token, or a span of any length
 
 
 def crop(idx, block_size, max_new_tokens):
@@ -91,6 +94,16 @@ def candidates(logits, temperature=1.0, top_k=None, top_p=None):
         outside = ranked.cumsum(-1) - ranked >= max(top_p, 1e-9)
         weights, ids = ranked.masked_fill(outside, 0), ids.gather(1, order)
     return weights, ids
+
+
+def choose(logits, decode, temperature, top_k, top_p, generator):
+    """The next token, (B), by any decoder but beam search: logits (B, V)."""
+    if decode in ("greedy", "beam") or temperature == 0:
+        return logits.argmax(-1)
+    top_k = 50 if decode == "top-k" and top_k is None else top_k
+    top_p = 0.95 if decode == "nucleus" and top_p is None else top_p
+    weights, ids = candidates(logits, temperature, top_k, top_p)
+    return ids.gather(1, torch.multinomial(weights, 1, generator=generator))[:, 0]
 
 
 def beam_search(model, idx, max_new_tokens, width, length_penalty, eot, use_cache):
@@ -152,20 +165,13 @@ def generate(
     if few or not 0 <= temperature < math.inf or not 0 <= (top_p or 0) <= 1:
         raise ValueError("temperature and max_new_tokens must be >= 0, beam_width and top_k >= 1, top_p in [0, 1]")
     idx = crop(idx, model.cfg.block_size, max_new_tokens)
-    top_k = 50 if decode == "top-k" and top_k is None else top_k
-    top_p = 0.95 if decode == "nucleus" and top_p is None else top_p
     model.eval()
     if decode == "beam" and beam_width > 1:
         return beam_search(model, idx, max_new_tokens, beam_width, length_penalty, eot, use_cache)
     context = Context(model, idx, use_cache)
     ended = torch.zeros(len(idx), dtype=torch.bool, device=idx.device)
     for _ in range(max_new_tokens):
-        logits = context.logits()
-        if decode in ("greedy", "beam") or temperature == 0:
-            token = logits.argmax(-1)
-        else:
-            weights, ids = candidates(logits, temperature, top_k, top_p)
-            token = ids.gather(1, torch.multinomial(weights, 1, generator=generator))[:, 0]
+        token = choose(context.logits(), decode, temperature, top_k, top_p, generator)
         if eot is not None:
             token = token.masked_fill(ended, eot)
             ended = token == eot
@@ -175,6 +181,46 @@ def generate(
         if ended.all():
             break
     return context.tokens[:, idx.size(1) :]
+
+
+@torch.no_grad()
+def fill(model, idx, max_new_tokens=200, decode="greedy", temperature=1.0, top_k=None, top_p=None, **options):
+    """Fills blanks with a network of scratch_former.py for masked tokens or spans. idx is (B, T), the id vocab_size
+    for a blank, as many in each row; returns the B texts, lists of token ids. Masked tokens are chosen one after the
+    other, the most certain first, so that the next ones see it; spans are written by `generate`, in one text, with its
+    options. Raises ValueError for beam search of masked tokens, for no or too many blanks, and too long a text."""
+    blank, block_size = model.cfg.vocab_size, model.cfg.block_size
+    blanks = idx == blank
+    n = int(blanks[0].sum())
+    if n == 0 or (blanks.sum(1) != n).any():
+        raise ValueError("idx has no blanks, or not as many in each row")
+    if model.cfg.objective == "masked":
+        if decode not in DECODERS or decode == "beam":
+            raise ValueError(f"decode {decode!r} is invalid: masked tokens are chosen one at a time")
+        model.eval()
+        for _ in range(n):
+            logits = model(idx).float()  # (B, T, V)
+            certainty = logits.softmax(-1).amax(-1).masked_fill(idx != blank, -1)
+            where = certainty.argmax(1, keepdim=True)  # (B, 1)
+            logits = logits[torch.arange(len(idx), device=idx.device), where[:, 0]]
+            token = choose(logits, decode, temperature, top_k, top_p, options.get("generator"))
+            idx = idx.scatter(1, where, token[:, None])
+        return idx.tolist()
+    most = model.n_logits - blank - 1  # one sentinel ends the last span
+    if n > most or idx.size(1) >= block_size:
+        raise ValueError(f"{n} blanks in {idx.size(1)} tokens: at most {most} in {block_size - 1} can be filled")
+    source = idx.where(~blanks, blank + blanks.cumsum(1) - 1)  # each blank has a sentinel of its own
+    room = min(max_new_tokens, block_size - idx.size(1) - 1)
+    options |= dict(temperature=temperature, top_k=top_k, top_p=top_p)
+    new = generate(model, F.pad(source, (0, 1), value=blank), room, decode, eot=blank + n, **options)
+    filled = []
+    for prompt, row in zip(idx.tolist(), new.tolist()):
+        spans = [[]]
+        for token in row:  # a sentinel ends each span
+            spans[-1].append(token) if token < blank else spans.append([])
+        spans = iter(spans)
+        filled.append([t for token in prompt for t in (next(spans, []) if token == blank else [token])])
+    return filled
 
 
 def load(ckpt, device="cpu"):
@@ -210,14 +256,19 @@ def printer(tokenizer, text):
 
 def run(args):
     """Prints the samples of the chosen decoders for every prompt, and their speed."""
-    chosen = DECODERS if args.decode == "all" else (args.decode,)
+    device, dtype = choose_device(args.device, args.dtype)
+    model, tokenizer = load(args.ckpt, device)
+    model.to(torch.float32 if args.dtype == "auto" and device.type != "cuda" else dtype)
+    objective = getattr(model.cfg, "objective", "next")
+    blank, fills = model.cfg.vocab_size, objective != "next"
+    args.decode = args.decode or ("greedy" if fills else "nucleus")
+    chosen = [args.decode] if args.decode != "all" else [*DECODERS]
+    if args.decode == "all" and objective == "masked":
+        chosen.remove("beam")
     for name in OPTIONS.keys() & vars(args).keys():  # those that were given
         if not set(OPTIONS[name]) & set(chosen):
             option, users = f"--{name.replace('_', '-')}", ", ".join(OPTIONS[name])
             raise ValueError(f"{option} has no effect with --decode {args.decode}, only with {users}")
-    device, dtype = choose_device(args.device, args.dtype)
-    model, tokenizer = load(args.ckpt, device)
-    model.to(torch.float32 if args.dtype == "auto" and device.type != "cuda" else dtype)
     generator = torch.Generator(device).manual_seed(getattr(args, "seed", 1337))
     if args.prompt_file is not None:
         args.prompt = Path(args.prompt_file).read_text(encoding="utf-8")
@@ -225,26 +276,39 @@ def run(args):
         args.prompt = sys.stdin.read()
     eot, session = tokenizer.eot_token, iter(lambda: input("prompt (Ctrl-D ends)> "), None)
     for prompt in session if args.prompt is None else [args.prompt]:
-        idx = torch.tensor([tokenizer.encode_ordinary(prompt) or [eot]], device=device)  # special tokens are plain text
-        idx = crop(idx, model.cfg.block_size, args.max_new_tokens)
+        if fills != (BLANK in prompt):
+            does = "fills blanks: the prompt needs a" if fills else "continues a text: it cannot fill a"
+            raise ValueError(f"{args.ckpt} {does} {BLANK}")
+        if fills and tokenizer.n_vocab > 257:  # a space belongs to the token after it, unless tokens are bytes
+            prompt = prompt.replace(f" {BLANK}", BLANK)
+        # Special tokens in a prompt are plain text.
+        parts = [tokenizer.encode_ordinary(part) for part in prompt.split(BLANK)]
+        ids = parts[0] + [i for part in parts[1:] for i in (blank, *part)]
+        idx = torch.tensor([ids or [eot]], device=device)
+        idx = idx if fills else crop(idx, model.cfg.block_size, args.max_new_tokens)
         for decode in chosen:
             options = {name: value for name, value in vars(args).items() if decode in OPTIONS.get(name, ())}
             n_samples, _ = options.pop("num_samples", 1), options.pop("seed", None)
             if decode == "temperature":
                 options.setdefault("temperature", 0.7)
-            streams = n_samples == 1 and decode != "beam"
+            streams = n_samples == 1 and decode != "beam" and not fills
             if args.decode == "all":
                 print(f"--- {decode} ---")
-            options["callback"] = printer(tokenizer, prompt) if streams else None
-            shared = dict(eot=eot, generator=generator, use_cache=not args.no_cache)
+            options |= dict(generator=generator, use_cache=not args.no_cache)
             start = time.perf_counter()
-            new = generate(model, idx.expand(n_samples, -1), args.max_new_tokens, decode, **options, **shared)
+            if fills:
+                rows = fill(model, idx.expand(n_samples, -1), args.max_new_tokens, decode, **options)
+            else:
+                options |= dict(eot=eot, callback=printer(tokenizer, prompt) if streams else None)
+                new = generate(model, idx.expand(n_samples, -1), args.max_new_tokens, decode, **options)
+                rows = [ids + (row[: row.index(eot)] if eot in row else row) for row in new.tolist()]
             seconds = time.perf_counter() - start
-            rows = [row[: row.index(eot)] if eot in row else row for row in new.tolist()]
             for i, row in enumerate(rows):
                 label = f"[{i + 1}] " if n_samples > 1 else ""
-                print("" if streams else label + prompt + tokenizer.decode(row, errors="replace"), flush=True)
-            n, file = sum(map(len, rows)), sys.stdout if args.decode == "all" else sys.stderr
+                text = tokenizer.decode([token for token in row if token != eot], errors="replace")
+                print("" if streams else label + text, flush=True)
+            n = sum(len(row) - len(ids) + ids.count(blank) for row in rows)
+            file = sys.stdout if args.decode == "all" else sys.stderr
             print(f"({n} tokens, {n / seconds:,.1f} tokens/s)\n", file=file, flush=True)
 
 
@@ -255,9 +319,9 @@ def main(argv=None):
     add = parser.add_argument
     add("--ckpt", default="out/gpt2/ckpt.pt", help="checkpoint of any model file (default: %(default)s)")
     source = parser.add_mutually_exclusive_group()
-    source.add_argument("--prompt", default=None, help="text to continue; '' begins a document (default: stdin)")
+    source.add_argument("--prompt", default=None, help=f"text to continue, or with {BLANK} to fill (default: stdin)")
     source.add_argument("--prompt-file", default=None, help="UTF-8 text file that holds the prompt")
-    add("--decode", choices=(*DECODERS, "all"), default="nucleus", help="(default: %(default)s)")
+    add("--decode", choices=(*DECODERS, "all"), default=None, help="(default: nucleus; greedy for blanks)")
     add("--max-new-tokens", type=int, default=200, help="(default: %(default)s)")
     add("--num-samples", type=int, help="samples of one prompt, drawn as one batch (default: 1)")
     add("--temperature", type=float, help="(default: 0.7 with --decode temperature, 1 with top-k and nucleus)")

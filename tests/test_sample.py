@@ -3,6 +3,7 @@
 import io
 import itertools
 import math
+import re
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from test_gpt2 import as_hugging_face, random_model
 
 import gpt2
 import sample
+import scratch_former
 from prepare_data import load_tokenizer
 
 
@@ -114,6 +116,70 @@ def test_a_long_prompt_keeps_what_leaves_room_for_the_new_tokens(capsys):
         new = sample.generate(model, text[None, :T], n)[0].tolist()
         assert new == slow_search(model, text[T - kept : T], n)
         assert (f"first {T - kept} tokens" in capsys.readouterr().err) == (T > 16)
+
+
+# --- blanks
+
+
+def for_blanks(objective, seed=0):
+    """A network of scratch_former.py with peaked distributions, in float64, which takes up to two spans."""
+    torch.manual_seed(seed)
+    cfg = dict(vocab_size=5, block_size=16, n_layer=1, n_embd=16, n_head=2, n_ff=32, hide=0.4, objective=objective)
+    model = scratch_former.Model(scratch_former.Config(**cfg)).double().eval()
+    for p in model.parameters():
+        p.data += 0.5 * torch.randn(p.shape)
+    return model
+
+
+@torch.no_grad()
+def test_greedy_and_beam_search_for_spans_equal_a_brute_force_search():
+    """Two blanks: their sentinels are 5 and 6, and 7 ends the second span."""
+    prompt, outcomes = torch.tensor([[1, 5, 2, 3, 5, 0]]), set()
+    for seed, penalty in itertools.product(range(6), (0.0, 1.0)):
+        model = for_blanks("spans", seed)
+        source = model.run(model.encoder, torch.tensor([[1, 5, 2, 3, 6, 0]]), causal=False)
+
+        def logp(texts, model=model, source=source):  # of the tokens after 5 and of what follows, (B, T + 1, V)
+            idx = torch.tensor([[5, *text] for text in texts])
+            memory = [block.cross.keys_and_values(source.expand(len(idx), -1, -1)) for block in model.h]
+            return model.head(model.run(model.h, idx, True, memory=memory))[..., :8].log_softmax(-1)
+
+        scores, greedy = {}, []
+        for n in range(1, 5):  # all texts that end with 7, or have 4 tokens
+            texts = [t for t in itertools.product(range(8), repeat=n) if 7 not in t[:-1] and (n == 4 or t[-1] == 7)]
+            total = logp(texts)[:, :-1].gather(2, torch.tensor(texts)[:, :, None]).sum((1, 2)) / n**penalty
+            scores |= dict(zip(texts, total.tolist()))
+            greedy += [] if 7 in greedy else [logp([greedy])[0, -1].argmax().item()]
+        for decode, best in (("greedy", greedy), ("beam", max(scores, key=scores.get))):
+            spans = [[*map(int, part)] for part in re.split("[567]", "".join(map(str, best)))]
+            expected = [1, *spans[0], 2, 3, *(spans[1] if len(spans) > 1 else []), 0]
+            assert sample.fill(model, prompt, 4, decode, beam_width=400, length_penalty=penalty) == [expected]
+            outcomes.add(len(best))
+    assert len(outcomes) > 1
+
+
+@torch.no_grad()
+def test_masked_tokens_are_named_the_most_certain_first_and_impossible_prompts_are_refused():
+    orders = []
+    for seed, row in itertools.product(range(3), ([1, 5, 2, 5, 5, 0], [5, 3, 5, 0, 1, 5])):
+        model, text = for_blanks("masked", seed), list(row)
+        while 5 in text:
+            probs = model(torch.tensor([text]))[0].softmax(-1).tolist()
+            i = max((i for i, token in enumerate(text) if token == 5), key=lambda i: max(probs[i]))
+            text[i] = max(range(5), key=probs[i].__getitem__)
+            orders.append(i)
+        assert sample.fill(model, torch.tensor([row, row[::-1]]))[0] == text
+    assert any(a > b for a, b in itertools.pairwise(orders[:3]))
+    drawn = sample.fill(model, torch.tensor([row]).expand(200, -1), decode="top-k", top_k=2, generator=seeded(0))
+    assert 2 < len({tuple(text) for text in drawn}) <= 8
+    refused = [("masked", [5, 1], "beam", "one at a time"), ("masked", [2, 1], "greedy", "no blanks")]
+    refused += [
+        ("spans", [5, 5, 5], "greedy", "at most 2 in 15"),
+        ("spans", [5] + [1] * 15, "greedy", "at most 2 in 15"),
+    ]
+    for objective, prompt, decode, error in refused:
+        with pytest.raises(ValueError, match=error):
+            sample.fill(for_blanks(objective), torch.tensor([prompt]), decode=decode)
 
 
 def exact(logits, temperature=1.0, top_k=None, top_p=None):
@@ -269,6 +335,7 @@ def test_what_has_no_effect_or_cannot_be_used_is_one_line(say, ckpt, tmp_path):
     assert "top_k >= 1" in say("--prompt", "the", "--top-k", 0)
     for option in ("--decode", "--device", "--prompt-file", "--ckpt"):
         assert "nothing" in say(option, "nothing")
+    assert "ckpt.pt continues a text: it cannot fill a <blank>" in say("--prompt", "def <blank>(")
     folder, state = tmp_path / "a folder", torch.load(ckpt, weights_only=True)
     folder.mkdir()
     assert say("--ckpt", folder).endswith("Checkpoints in it: none")
@@ -283,3 +350,15 @@ def test_what_has_no_effect_or_cannot_be_used_is_one_line(say, ckpt, tmp_path):
         assert f"{name}.pt" in say("--ckpt", folder / f"{name}.pt")
         with pytest.raises((ValueError, FileNotFoundError), match=rf"{name}\.pt"):
             sample.load(folder / f"{name}.pt")
+
+
+@pytest.mark.parametrize("objective", ["masked", "spans"])
+def test_the_command_line_fills_blanks(objective, say, data, tmp_path):
+    train("scratch_former", data, tmp_path, "--objective", objective, "--max-steps", 1)
+    (model, tokenizer), ckpt = sample.load(tmp_path / "ckpt.pt"), ("--ckpt", tmp_path / "ckpt.pt")
+    before, after = (tokenizer.encode_ordinary(part) for part in ("the", " model"))
+    text = sample.fill(model, torch.tensor([[*before, 300, *after]]), 20)
+    assert say(*ckpt, "--prompt", "the <blank> model") == tokenizer.decode(text[0]) + "\n"
+    printed = say(*ckpt, "--prompt", "<blank>model<blank>", "--decode", "all")
+    assert printed.count("model") >= 4 and ("--- beam" in printed) == (objective == "spans")
+    assert "ckpt.pt fills blanks: the prompt needs a <blank>" in say(*ckpt, "--prompt", "the model")
