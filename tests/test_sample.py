@@ -172,6 +172,8 @@ def test_masked_tokens_are_named_the_most_certain_first_and_impossible_prompts_a
     assert any(a > b for a, b in itertools.pairwise(orders[:3]))
     drawn = sample.fill(model, torch.tensor([row]).expand(200, -1), decode="top-k", top_k=2, generator=seeded(0))
     assert 2 < len({tuple(text) for text in drawn}) <= 8
+    # The window of 16 has room for the source, the first sentinel and one token more: it must not slide.
+    assert len(sample.fill(for_blanks("spans"), torch.tensor([[5] + [1] * 13]))[0]) in (13, 14)
     refused = [("masked", [5, 1], "beam", "one at a time"), ("masked", [2, 1], "greedy", "no blanks")]
     refused += [
         ("spans", [5, 5, 5], "greedy", "at most 2 in 15"),
