@@ -373,7 +373,8 @@ def parse(argv):
     parser.add_argument("--stride", type=int, help="then score only the last STRIDE targets of each window")
     comments = dict(re.findall(r"^    (\w+):.*?  # (.*)$", inspect.getsource(Config), re.M))
     for f in fields(Config):
-        kind = {"action": argparse.BooleanOptionalAction} if f.type in (bool, bool | None) else {"type": f.type}
+        kind = {"type": f.type, "choices": ("auto", "float32", "bfloat16") if f.name == "dtype" else None}
+        kind = {"action": argparse.BooleanOptionalAction} if f.type in (bool, bool | None) else kind
         about = f"{comments[f.name]} (default: {f.default!r})".replace("%", "%%")
         parser.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS, help=about, **kind)
     options = parser.parse_args(argv)
@@ -430,9 +431,9 @@ def train(cfg, options, ckpt):
         state |= dict(best=best, seconds=seconds, rng=[cfg.seed, step], model=model.state_dict())
         write_atomically(out / file, lambda f: torch.save(state | {"optimizer": optimizer.state_dict()}, f))
 
-    signals = []  # Ctrl-C and SIGTERM let the step finish and save; a second one ends the run at once
+    signals, stopped, ddp_model, mark = [], False, None, (tokens, seconds)
     if not options.eval_only:
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, signal.SIGTERM):  # the step finishes and is saved; a second one ends at once
             signal.signal(number, lambda n, frame: signals.append(n) or signal.signal(n, signal.SIG_DFL))
         save("ckpt.pt")  # from here on there is something to resume
         rows = (out / "log.csv").read_text(encoding="utf-8").splitlines()[1:] if options.resume else []
@@ -440,7 +441,6 @@ def train(cfg, options, ckpt):
         names = "step,tokens,train_loss,val_loss,val_bits_per_byte,lr,grad_norm,tokens_per_s,seconds"
         write_atomically(out / "log.csv", lambda f: f.write("\n".join([names, *rows, ""]).encode()))
         log = open(out / "log.csv" if rank == 0 else os.devnull, "a", encoding="utf-8", buffering=1)
-    stopped, ddp_model, mark = False, None, (tokens, seconds)
     while not options.eval_only:
         if grow(model, optimizer, cfg, step) or ddp_model is None:
             compiled = torch.compile(model) if cfg.compile or (cfg.compile is None and gpu) else model

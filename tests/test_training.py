@@ -262,7 +262,7 @@ def test_bad_options(data, tmp_path):
 
     assert "n_embd" in fails("--n-embd", 50)
     assert "--max-steps" in fails("--max-steps", "many")
-    assert "--device" in fails("--device", "tpu")
+    assert "--device" in fails("--device", "tpu") and "bfloat16" in fails("--dtype", "half")
     assert "ckpt.pt" in fails("--resume") and "No such file" in fails("--resume")
     assert "not allowed with" in fails("--resume", "--init-from", "x.pt")
     assert "memory" in fails("--block-size", 10**13)
