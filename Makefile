@@ -17,6 +17,7 @@ help:
 	@echo 'make data DATASET=... TOKENIZER=...   token files in data/ (stdlib, tinystories, a .txt, ...; bpe:4096, gpt2, ...)'
 	@echo 'make train MODEL=gpt2 ARGS=...  train a model file; ARGS are its options: ARGS="--preset report --device cuda"'
 	@echo 'make compare SCALE=cpu          all models on the same tokens: tables, a plot and samples in results/; or gpu'
+	@echo "make march                      MARCH's encoder-decoders at equal parameters: results/march.md; over an hour"
 	@echo 'make bench NANOGPT=DIR          speed beside nanoGPT (DIR is a clone of it), transformers, tokenizers and tiktoken'
 	@echo 'make test                       run the tests'
 	@echo 'make soak                       run the long tests: killed runs and full disks'
@@ -49,6 +50,9 @@ train: .venv/installed
 compare: .venv/installed-dev
 	$(PY) bench/compare.py --scale '$(SCALE)'
 
+march: .venv/installed-dev
+	$(PY) bench/march.py
+
 bench: .venv/installed-dev
 	test -z "$$NANOGPT" || $(PY) bench/train.py --nanogpt "$$NANOGPT"
 	$(PY) bench/decode.py
@@ -67,4 +71,4 @@ lint: .venv/installed-dev
 clean:
 	rm -rf .venv __pycache__ bench/__pycache__ tests/__pycache__ .pytest_cache .ruff_cache
 
-.PHONY: help demo data train compare bench test soak lint clean
+.PHONY: help demo data train compare march bench test soak lint clean

@@ -97,14 +97,8 @@ def test_dropout_applies_to_the_embedding_and_to_each_sublayer_before_the_sum():
 
 def test_impossible_sizes_are_refused():
     no_kv = {"cross_kv": False, "head_dim": 8, "n_head": 4}
-    for config in (
-        {"n_head": 5},
-        {"n_embd": 21, "n_head": 3},
-        {"n_kv_head": 4},
-        no_kv,
-        {"ff": "glu"},
-        {"position": "no"},
-    ):
+    names = {"ff": "glu"}, {"position": "no"}
+    for config in ({"n_head": 5}, {"n_embd": 21, "n_head": 3}, {"n_kv_head": 4}, no_kv, *names):
         with pytest.raises(ValueError, match="is "):
             tiny(**config)
     model, idx = tiny(), torch.zeros(1, 33, dtype=torch.long)
@@ -229,6 +223,14 @@ def test_a_layer_with_relative_positions_and_cross_attention_equals_t5_s():
     for causal in (False, True):
         theirs = t5.T5Attention._relative_position_bucket(distance, bidirectional=not causal)
         assert scratch_former.buckets(distance, causal).equal(theirs)
+
+
+def test_relative_positions_begin_with_what_is_near():
+    config = scratch_former.Config(vocab_size=50, n_head=2, n_embd=24, objective="spans", position="relative")
+    encoder, decoder = (table.weight for table in scratch_former.Model(config).relative_embedding)
+    for bias, distance, causal in ((encoder, torch.arange(-7, 8), False), (decoder, torch.arange(-15, 1), True)):
+        near = -distance.abs()[:, None] * torch.tensor([1, 0.5])
+        assert bias.requires_grad and bias[scratch_former.buckets(distance, causal)].equal(near)
 
 
 @torch.no_grad()

@@ -1,0 +1,105 @@
+"""MARCH's comparison of encoder-decoders, on scratch_former.py: at equal parameters, does it pay to be wide, to have
+more heads in fewer layers, to gate the feed-forward network, to leave out key and value matrices? Which positions?
+
+    make march                     40 trainings, less than 90 minutes on two cores
+
+MARCH (github.com/bri25yu/march) trained models of 220M parameters for 1,000 steps of a million tokens, one seed each.
+Here models of 2.1M learn to write hidden spans of the standard library's sources; with a vocabulary of 1,024, seven
+eighths of the parameters are in the blocks. Each variant has the better of two learning rates, chosen with its first
+seed, and is trained with two more. All are scored on the same hidden tokens. Writes results/march.md and march.svg.
+"""
+
+import statistics
+
+from runs import GREY, ROOT, mean_and_error, picture, side_by_side
+from train import machine, shell
+
+BASE = {"n-layer": 4, "n-head": 4, "head-dim": 32, "n-embd": 128, "n-ff": 512, "position": "relative"}
+VARIANTS = {  # what differs, and MARCH's change of the loss at step 1,000, None where it gives no number
+    "baseline": ({}, None),
+    "more heads, fewer layers": ({"n-layer": 2, "n-head": 13, "n-ff": 544}, -0.051),
+    "and no cross-attention keys and values": ({"n-layer": 2, "n-head": 16, "no-cross-kv": ""}, None),
+    "wider, fewer layers": ({"n-layer": 2, "n-embd": 192, "n-ff": 720}, -0.212),
+    "wider, more heads, fewer layers": ({"n-layer": 2, "n-head": 8, "n-embd": 160, "n-ff": 608}, None),
+    "GEGLU": ({"ff": "geglu"}, -0.064),
+    "SwiGLU": ({"ff": "swiglu"}, -0.061),
+    "sinusoid positions": ({"position": "sinusoid"}, None),
+    "learned positions": ({"position": "learned"}, None),
+    "rotary positions": ({"position": "rotary"}, None),
+}
+STEPS, RATES, SEEDS = 1500, ("1e-3", "2e-3"), (1337, 1, 2)
+COMMON = (
+    "--objective spans --data data/march --device cpu --block-size 128 --batch-size 8 --micro-batch 8 "
+    f"--warmup-steps 300 --label-smoothing 0 --max-steps {STEPS} --eval-interval 500 --eval-tokens 16384"
+)
+
+
+def options(name):
+    """The options by which a variant differs from the others, as text."""
+    return " ".join(f"--{k} {v}".strip() for k, v in (BASE | VARIANTS[name][0]).items())
+
+
+def search(submit):
+    """For each variant: (the better rate, [what three trainings printed and logged])."""
+
+    def start(name, rate, seed):
+        out = f"out/march/{name.replace(',', '').replace(' ', '-')}-{rate}-{seed}"
+        return submit(f"scratch_former.py {options(name)} {COMMON} --learning-rate {rate} --seed {seed}", out)
+
+    first = {name: {rate: start(name, rate, SEEDS[0]) for rate in RATES} for name in VARIANTS}
+    best = {name: min(RATES, key=lambda rate: loss(first[name][rate].result())) for name in VARIANTS}
+    more = {name: [start(name, best[name], seed) for seed in SEEDS[1:]] for name in VARIANTS}
+    return {name: (best[name], [run.result() for run in (first[name][best[name]], *more[name])]) for name in VARIANTS}
+
+
+def loss(run):
+    return float(run[0].split("all of val: ")[1].split()[0])
+
+
+def main():
+    if not (ROOT / "data/march/meta.json").exists():
+        shell("prepare_data.py stdlib --tokenizer bpe:1024 --out data/march")
+    found = side_by_side(search)
+    losses = {name: [loss(run) for run in runs] for name, (_, runs) in found.items()}
+    base = statistics.mean(losses["baseline"])
+    spread = statistics.mean(statistics.variance(values) for values in losses.values()) ** 0.5  # of one run, pooled
+    error = spread * (2 / len(SEEDS)) ** 0.5  # of a difference of two means
+    rows = []
+    for name, (rate, runs) in found.items():
+        mean, standard_error = mean_and_error(losses[name])
+        ms = 1000 / STEPS * min(rows[-1]["seconds"] for _, rows in runs)
+        change = f"{mean - base:+.3f} ({(mean - base) / error:+.1f})" if mean != base else ""
+        theirs = VARIANTS[name][1]
+        rows.append(f"| {name} | {runs[0][0].split()[0]} | {rate} | {ms:.0f} | {mean:.3f} ± {standard_error:.3f} "
+                    f"| {change} | {'' if theirs is None else f'{theirs:+.3f}'} |")  # fmt: skip
+    table = [
+        f"{STEPS:,} steps of 8 x 128 tokens of the standard library's sources, a vocabulary of 1,024, 15% hidden in "
+        f"spans of three tokens on average; the better of the learning rates {' and '.join(RATES)}, three seeds. Nats "
+        f"per predicted token, mean ± its standard error, on all of val. {machine()}, a thread a run.\n",
+        "| | parameters | rate | ms per step | loss | change (in standard errors) | MARCH's change |",
+        "| --- " * 7 + "|",
+        *rows,
+        f"\nStandard deviation of one run, pooled over all variants: {spread:.3f}; standard error of a change: "
+        f"{error:.3f}. A change below two of them says nothing.\n",
+        *(f"    {name:40}{options(name)}" for name in VARIANTS),
+        f"\nEach: `python scratch_former.py {COMMON}` with its options, `--learning-rate` and `--seed` "
+        f"{', '.join(map(str, SEEDS))}.",
+    ]
+    (ROOT / "results/march.md").write_text("\n".join(table) + "\n", encoding="utf-8")
+
+    def draw(figure):
+        axis, names = figure.subplots(), [name for name in VARIANTS if name != "baseline"]
+        for y, name in enumerate(reversed(names)):
+            axis.errorbar(statistics.mean(losses[name]) - base, y, xerr=2 * error, fmt="o", color="#d2691e", capsize=3)
+            if VARIANTS[name][1] is not None:
+                axis.plot(VARIANTS[name][1], y, "D", color="#4682b4")
+        axis.axvline(0, color=GREY)
+        axis.set_yticks(range(len(names)), reversed(names))
+        axis.set_xlabel("change of the loss, nats (left is better): ours with two standard errors, MARCH's a diamond")
+
+    picture("results/march.svg", (8, 4), draw)
+    print("\n".join(table))
+
+
+if __name__ == "__main__":
+    main()

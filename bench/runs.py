@@ -1,0 +1,63 @@
+"""Trainings side by side, one thread each. One that is complete is not repeated; one that was interrupted resumes."""
+
+import csv
+import os
+import shlex
+import statistics
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import matplotlib
+from matplotlib.figure import Figure
+from train import ROOT
+
+GREY = "#808080"  # legible on white and on black
+
+
+def log(out):
+    """The rows of a run's log.csv, as dicts."""
+    with open(ROOT / out / "log.csv", newline="", encoding="utf-8") as file:
+        return [{k: float(v) if v else None for k, v in row.items()} for row in csv.DictReader(file)]
+
+
+def train(command, out):
+    """Runs a training on one thread, unless it has been: (what it printed, the rows of its log.csv as dicts)."""
+    printed = ROOT / out / "printed.txt"
+    if not printed.exists():
+        resume = ["--resume"] if (ROOT / out / "ckpt.pt").exists() else []
+        done = subprocess.run([sys.executable, *shlex.split(command), "--out", out, *resume], cwd=ROOT, text=True,
+                              env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE)  # fmt: skip
+        if done.returncode:
+            raise ChildProcessError(f"python {command} --out {out}: stopped")
+        printed.write_text(done.stdout, encoding="utf-8")
+        print(f"{out}: {done.stdout.splitlines()[-1]}", flush=True)
+    return printed.read_text(encoding="utf-8"), log(out)
+
+
+def side_by_side(work):
+    """work(submit), where submit(command, out) gives a future of train's result, on as many threads as cores."""
+    pool = ThreadPoolExecutor(os.cpu_count())
+    try:
+        return work(lambda command, out: pool.submit(train, command, out))
+    except (KeyboardInterrupt, ChildProcessError) as e:  # the trainings that were running save their checkpoints
+        sys.exit(f"{e or 'interrupted'}. Run again to resume")
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def mean_and_error(values):
+    """Mean of a few seeds, and its standard error."""
+    return statistics.mean(values), statistics.stdev(values) / len(values) ** 0.5
+
+
+def picture(path, size, draw):
+    """Has draw(figure) draw, without a background and in colours that are legible on white and on black."""
+    matplotlib.rcParams.update({k: GREY for k in ("text.color", "axes.labelcolor", "axes.edgecolor")})
+    matplotlib.rcParams.update({"xtick.color": GREY, "ytick.color": GREY, "svg.hashsalt": path, "font.size": 11})
+    figure = Figure(figsize=size)
+    draw(figure)
+    for axis in figure.axes:
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(color=GREY, alpha=0.25)
+    figure.savefig(ROOT / path, transparent=True, bbox_inches="tight", metadata={"Date": None})
