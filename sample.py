@@ -87,9 +87,7 @@ def candidates(logits, temperature=1.0, top_k=None, top_p=None):
         logits, ids = logits.topk(min(top_k, logits.size(-1)))  # exactly k, also where logits are equal
     weights = logits.softmax(-1)
     if top_p is not None and top_p < 1:
-        ranked, order = weights.topk(min(4096, weights.size(-1)))  # enough for most, and faster than to sort all
-        if ranked.sum(-1).min() < top_p:
-            ranked, order = weights.sort(dim=-1, descending=True)
+        ranked, order = weights.sort(dim=-1, descending=True)
         # The mass before a token decides, so the one that crosses p stays, and the first one even if p is 0.
         outside = ranked.cumsum(-1) - ranked >= max(top_p, 1e-9)
         weights, ids = ranked.masked_fill(outside, 0), ids.gather(1, order)
@@ -101,9 +99,20 @@ def choose(logits, decode, temperature, top_k, top_p, generator):
     if decode in ("greedy", "beam") or temperature == 0:
         return logits.argmax(-1)
     top_k = 50 if decode == "top-k" and top_k is None else top_k
-    top_p = 0.95 if decode == "nucleus" and top_p is None else top_p
-    weights, ids = candidates(logits, temperature, top_k, top_p)
-    return ids.gather(1, torch.multinomial(weights, 1, generator=generator))[:, 0]
+    top_p = {"nucleus": 0.95}.get(decode, 1.0) if top_p is None else top_p
+    # A large nucleus needs no sorting: draw from all tokens until the more probable ones have a mass below top_p.
+    limit = top_p if 0.5 <= top_p < 1 else math.inf
+    weights, ids = candidates(logits, temperature, top_k, top_p if limit == math.inf else None)
+    cdf = weights.cumsum(-1)
+    outside = torch.ones_like(cdf[:, :1], dtype=torch.bool)
+    drawn = outside.long()  # (B, 1)
+    while outside.any():
+        u = torch.rand(outside.shape, generator=generator, device=cdf.device)
+        drawn = torch.searchsorted(cdf, u * cdf[:, -1:], right=True).where(outside, drawn)
+        weight, token = weights.gather(1, drawn), ids.gather(1, drawn)
+        before = (weights > weight) | ((weights == weight) & (ids < token))
+        outside = (weights * before).sum(-1, keepdim=True) >= limit
+    return token[:, 0]
 
 
 def beam_search(model, idx, max_new_tokens, width, length_penalty, eot, use_cache):
@@ -119,11 +128,12 @@ def beam_search(model, idx, max_new_tokens, width, length_penalty, eot, use_cach
     finished = [(-math.inf, idx[b, :0]) for b in range(B)]  # (score, tokens) of the best one of each prompt
     first_row = torch.arange(B, device=idx.device)[:, None] * width  # of each prompt's hypotheses in the batch
     for length in range(1, max_new_tokens + 1):
-        logp = context.logits().log_softmax(-1)  # (B * width, V)
-        V = logp.size(-1)
+        logits = context.logits()  # (B * width, V)
         # Twice the width: even if the `width` best candidates all ended, `width` others remain.
-        best, where = (scores[:, :, None] + logp.view(B, width, V)).flatten(1).topk(2 * width)
-        rows, tokens = first_row + where // V, where % V  # (B, 2 * width): which hypothesis, continued by which token
+        likely, tokens = logits.topk(min(2 * width, logits.size(-1)))  # of each hypothesis, then of each prompt
+        logp = scores.view(-1, 1) + likely - logits.logsumexp(-1, keepdim=True)
+        best, where = logp.view(B, -1).topk(2 * width)
+        rows, tokens = first_row + where // likely.size(1), tokens.view(B, -1).gather(1, where)  # (B, 2 * width)
         last = length == max_new_tokens
         ends = torch.full_like(tokens, last, dtype=torch.bool) if eot is None or last else tokens == eot
         for b, k in (ends[:, :width] & best[:, :width].isfinite()).nonzero().tolist():
@@ -211,8 +221,8 @@ def fill(model, idx, max_new_tokens=200, decode="greedy", temperature=1.0, top_k
         raise ValueError(f"{n} blanks in {idx.size(1)} tokens: at most {most} in {block_size - 1} can be filled")
     source = idx.where(~blanks, blank + blanks.cumsum(1) - 1)  # each blank has a sentinel of its own
     room = min(max_new_tokens, block_size - idx.size(1) - 1)
-    options |= dict(temperature=temperature, top_k=top_k, top_p=top_p)
-    new = generate(model, F.pad(source, (0, 1), value=blank), room, decode, eot=blank + n, **options)
+    source = F.pad(source, (0, 1), value=blank)
+    new = generate(model, source, room, decode, temperature, top_k, top_p, eot=blank + n, **options)
     filled = []
     for prompt, row in zip(idx.tolist(), new.tolist()):
         spans = [[]]
@@ -241,15 +251,13 @@ def load(ckpt, device="cpu"):
 
 
 def printer(tokenizer, text):
-    """Returns a function that prints `text` and then a token (1) a call, each character when it is complete."""
+    """Prints `text`; returns a function that prints a token (1) a call, each character when it is complete."""
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    print(text, end="", flush=True)
 
     def show(token):
-        nonlocal text
         if token.item() != tokenizer.eot_token:
-            text += decoder.decode(tokenizer.decode_single_token_bytes(token.item()))
-        print(text, end="", flush=True)
-        text = ""
+            print(decoder.decode(tokenizer.decode_single_token_bytes(token.item())), end="", flush=True)
 
     return show
 
@@ -258,7 +266,7 @@ def run(args):
     """Prints the samples of the chosen decoders for every prompt, and their speed."""
     device, dtype = choose_device(args.device, args.dtype)
     model, tokenizer = load(args.ckpt, device)
-    model.to(torch.float32 if args.dtype == "auto" and device.type != "cuda" else dtype)
+    model.to(dtype)
     objective = getattr(model.cfg, "objective", "next")
     blank, fills = model.cfg.vocab_size, objective != "next"
     args.decode = args.decode or ("greedy" if fills else "nucleus")
@@ -332,7 +340,7 @@ def main(argv=None):
     add("--seed", type=int, help="of everything drawn until sample.py ends (default: 1337)")
     add("--no-cache", action="store_true", default=False, help="compute all again for every token: same text, slower")
     add("--device", default="auto", help="cpu, cuda, mps, ... (default: a CUDA GPU if there is one)")
-    add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="auto: float32, on CUDA as trained")
+    add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="auto: bfloat16 where it is fast")
     args = parser.parse_args(argv)
     try:
         run(args)

@@ -260,7 +260,7 @@ def say(ckpt, capsys):
     def say(*options):
         capsys.readouterr()
         try:
-            sample.main(["--ckpt", str(ckpt), "--device", "cpu", "--max-new-tokens", "20", *map(str, options)])
+            sample.main(["--ckpt", str(ckpt), "--dtype", "float32", "--max-new-tokens", "20", *map(str, options)])
         except SystemExit as end:
             assert "\n" not in end.code and capsys.readouterr().out == ""
             return end.code
