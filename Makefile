@@ -6,9 +6,10 @@ MODEL ?= gpt2
 DATASET ?= stdlib
 TOKENIZER ?= bpe:4096
 ARGS ?=
-SCALE ?= cpu
+SCALE ?= full
 NANOGPT ?=
 PROMPT ?= def main(
+RUNS ?= $(wildcard out/*)
 PY := .venv/bin/python
 export DATASET TOKENIZER NANOGPT PROMPT # the shell quotes them: "$$PROMPT" may hold any character
 
@@ -16,7 +17,8 @@ help:
 	@echo 'make demo PROMPT="def main("     prepare text, train a small GPT-2 on it, print a sample of every decoder'
 	@echo 'make data DATASET=... TOKENIZER=...   token files in data/ (stdlib, tinystories, a .txt, ...; bpe:4096, gpt2, ...)'
 	@echo 'make train MODEL=gpt2 ARGS=...  train a model file; ARGS are its options: ARGS="--preset report --device cuda"'
-	@echo 'make compare SCALE=cpu          all models on the same tokens: tables, a plot and samples in results/; or gpu'
+	@echo 'make compare                    all models on the same tokens, three seeds: results/compare.md; SCALE=quick'
+	@echo 'make plot RUNS="out/a out/b"    validation loss of your own runs, over tokens and over time: out/plot.svg'
 	@echo "make march                      MARCH's encoder-decoders at equal parameters: results/march.md; over an hour"
 	@echo 'make bench NANOGPT=DIR          speed beside nanoGPT (DIR is a clone of it), transformers, tokenizers and tiktoken'
 	@echo 'make test                       run the tests'
@@ -50,6 +52,9 @@ train: .venv/installed
 compare: .venv/installed-dev
 	$(PY) bench/compare.py --scale '$(SCALE)'
 
+plot: .venv/installed-dev
+	$(PY) bench/runs.py $(RUNS)
+
 march: .venv/installed-dev
 	$(PY) bench/march.py
 
@@ -71,4 +76,4 @@ lint: .venv/installed-dev
 clean:
 	rm -rf .venv __pycache__ bench/__pycache__ tests/__pycache__ .pytest_cache .ruff_cache
 
-.PHONY: help demo data train compare march bench test soak lint clean
+.PHONY: help demo data train compare plot march bench test soak lint clean

@@ -18,7 +18,7 @@ import sys
 
 import numpy as np
 import torch
-from runs import GREY, ROOT, log, picture
+from runs import GREY, ROOT, curve, log, picture
 
 sys.path.insert(0, str(ROOT))
 import gpt2
@@ -80,8 +80,7 @@ def main(folders):
         axis = figure.subplots()
         for name, (_, rows) in models.items():
             points = [(row["tokens"] / 1e6, bases[name] - row["val_loss"]) for row in rows if row["val_loss"]]
-            (line,) = axis.plot(*zip(*points))
-            axis.annotate(f" {name}", points[-1], color=line.get_color(), va="center")
+            curve(axis, points, name)
         axis.axhline(0, color=GREY)
         axis.set_xlabel("tokens read, millions")
         axis.set_ylabel("nats below token frequencies")

@@ -1,4 +1,7 @@
-"""Trainings side by side, one thread each. One that is complete is not repeated; one that was interrupted resumes."""
+"""What the comparisons share: trainings side by side, the mean of seeds, pictures.
+
+python bench/runs.py out/gpt2 out/mixer      (make plot RUNS="out/gpt2 out/mixer") draws your own runs: out/plot.svg
+"""
 
 import csv
 import os
@@ -22,7 +25,7 @@ def log(out):
 
 
 def train(command, out):
-    """Runs a training on one thread, unless it has been: (what it printed, the rows of its log.csv as dicts)."""
+    """Runs a training on one thread, or resumes it, unless it is complete: (what it printed, the rows of its log)."""
     printed = ROOT / out / "printed.txt"
     if not printed.exists():
         resume = ["--resume"] if (ROOT / out / "ckpt.pt").exists() else []
@@ -61,3 +64,29 @@ def picture(path, size, draw):
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(color=GREY, alpha=0.25)
     figure.savefig(ROOT / path, transparent=True, bbox_inches="tight", metadata={"Date": None})
+
+
+def curve(axis, points, name, **style):
+    """Draws a line through points (x, y) with its name at its end; returns its colour."""
+    (line,) = axis.plot(*zip(*points), **style)
+    axis.annotate(f" {name}", points[-1], color=line.get_color(), va="center")
+    return line.get_color()
+
+
+def plot(folders):
+    """Validation loss over tokens and over time, from the log.csv of each folder."""
+
+    def draw(figure):
+        for axis, (column, unit, label) in zip(figure.subplots(1, 2, sharey=True), UNITS):
+            for folder in folders:
+                curve(axis, [(row[column] / unit, row["val_loss"]) for row in log(folder) if row["val_loss"]], folder)
+            axis.set_xlabel(label)
+        figure.axes[0].set_ylabel("validation loss, nats per token")
+
+    picture("out/plot.svg", (11, 4), draw)
+
+
+UNITS = ("tokens", 1e6, "tokens, millions"), ("seconds", 60, "minutes of training")
+
+if __name__ == "__main__":
+    plot(sys.argv[1:])

@@ -109,7 +109,7 @@ def take_turns(file, options):
 
 
 def race(commands, turns, steps):
-    """Lets the commands take turns and prints what came out."""
+    """Lets the commands take turns, prints what came out, and returns the median tokens/s of each."""
     processes, speeds, memory = [], [[] for _ in commands], [0.0 for _ in commands]
     for command in commands:
         words = command.split()
@@ -132,6 +132,7 @@ def race(commands, turns, steps):
         print(f"  {command}: {statistics.median(found):,.0f} tokens/s, {held / 1e6:,.0f} MB")
     best = max(range(len(commands) - 1), key=lambda i: statistics.median(speeds[i]), default=0)
     print(f"  speed {compare(speeds[-1], speeds[best])}, memory {memory[-1] / memory[best]:.2f}", flush=True)
+    return [statistics.median(found) for found in speeds]
 
 
 def main():
