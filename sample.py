@@ -104,8 +104,7 @@ def choose(logits, decode, temperature, top_k, top_p, generator):
     limit = top_p if 0.5 <= top_p < 1 else math.inf
     weights, ids = candidates(logits, temperature, top_k, top_p if limit == math.inf else None)
     cdf = weights.cumsum(-1)
-    outside = torch.ones_like(cdf[:, :1], dtype=torch.bool)
-    drawn = outside.long()  # (B, 1)
+    outside, drawn = torch.ones_like(cdf[:, :1], dtype=torch.bool), 0  # (B, 1)
     while outside.any():
         u = torch.rand(outside.shape, generator=generator, device=cdf.device)
         drawn = torch.searchsorted(cdf, u * cdf[:, -1:], right=True).where(outside, drawn)
@@ -219,9 +218,8 @@ def fill(model, idx, max_new_tokens=200, decode="greedy", temperature=1.0, top_k
     most = model.n_logits - blank - 1  # one sentinel ends the last span
     if n > most or idx.size(1) >= block_size:
         raise ValueError(f"{n} blanks in {idx.size(1)} tokens: at most {most} in {block_size - 1} can be filled")
-    source = idx.where(~blanks, blank + blanks.cumsum(1) - 1)  # each blank has a sentinel of its own
+    source = F.pad(idx.where(~blanks, blank - 1 + blanks.cumsum(1)), (0, 1), value=blank)  # a sentinel for each blank
     room = min(max_new_tokens, block_size - idx.size(1) - 1)
-    source = F.pad(source, (0, 1), value=blank)
     new = generate(model, source, room, decode, temperature, top_k, top_p, eot=blank + n, **options)
     filled = []
     for prompt, row in zip(idx.tolist(), new.tolist()):
@@ -251,13 +249,15 @@ def load(ckpt, device="cpu"):
 
 
 def printer(tokenizer, text):
-    """Prints `text`; returns a function that prints a token (1) a call, each character when it is complete."""
+    """Returns a function that prints `text` and then a token (1) a call, each character when it is complete."""
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    print(text, end="", flush=True)
 
     def show(token):
+        nonlocal text
         if token.item() != tokenizer.eot_token:
-            print(decoder.decode(tokenizer.decode_single_token_bytes(token.item())), end="", flush=True)
+            text += decoder.decode(tokenizer.decode_single_token_bytes(token.item()))
+        print(text, end="", flush=True)
+        text = ""
 
     return show
 
@@ -270,9 +270,8 @@ def run(args):
     objective = getattr(model.cfg, "objective", "next")
     blank, fills = model.cfg.vocab_size, objective != "next"
     args.decode = args.decode or ("greedy" if fills else "nucleus")
-    chosen = [args.decode] if args.decode != "all" else [*DECODERS]
-    if args.decode == "all" and objective == "masked":
-        chosen.remove("beam")
+    every = [decode for decode in DECODERS if (objective, decode) != ("masked", "beam")]
+    chosen = every if args.decode == "all" else [args.decode]
     for name in OPTIONS.keys() & vars(args).keys():  # those that were given
         if not set(OPTIONS[name]) & set(chosen):
             option, users = f"--{name.replace('_', '-')}", ", ".join(OPTIONS[name])
@@ -312,9 +311,8 @@ def run(args):
                 rows = [ids + (row[: row.index(eot)] if eot in row else row) for row in new.tolist()]
             seconds = time.perf_counter() - start
             for i, row in enumerate(rows):
-                label = f"[{i + 1}] " if n_samples > 1 else ""
                 text = tokenizer.decode([token for token in row if token != eot], errors="replace")
-                print("" if streams else label + text, flush=True)
+                print("" if streams else f"[{i + 1}] " * (n_samples > 1) + text, flush=True)
             n = sum(len(row) - len(ids) + ids.count(blank) for row in rows)
             file = sys.stdout if args.decode == "all" else sys.stderr
             print(f"({n} tokens, {n / seconds:,.1f} tokens/s)\n", file=file, flush=True)
