@@ -14,29 +14,24 @@ import statistics
 from runs import GREY, ROOT, mean_and_error, picture, side_by_side
 from train import machine, shell
 
-BASE = {"n-layer": 4, "n-head": 4, "head-dim": 32, "n-embd": 128, "n-ff": 512, "position": "relative"}
 VARIANTS = {  # what differs, and MARCH's change of the loss at step 1,000, None where it gives no number
-    "baseline": ({}, None),
-    "more heads, fewer layers": ({"n-layer": 2, "n-head": 13, "n-ff": 544}, -0.051),
-    "and no cross-attention keys and values": ({"n-layer": 2, "n-head": 16, "no-cross-kv": ""}, None),
-    "wider, fewer layers": ({"n-layer": 2, "n-embd": 192, "n-ff": 720}, -0.212),
-    "wider, more heads, fewer layers": ({"n-layer": 2, "n-head": 8, "n-embd": 160, "n-ff": 608}, None),
-    "GEGLU": ({"ff": "geglu"}, -0.064),
-    "SwiGLU": ({"ff": "swiglu"}, -0.061),
-    "sinusoid positions": ({"position": "sinusoid"}, None),
-    "learned positions": ({"position": "learned"}, None),
-    "rotary positions": ({"position": "rotary"}, None),
+    "baseline": ("", None),
+    "more heads, fewer layers": ("--n-layer 2 --n-head 13 --n-ff 544", -0.051),
+    "and no cross-attention keys and values": ("--n-layer 2 --n-head 16 --no-cross-kv", None),
+    "wider, fewer layers": ("--n-layer 2 --n-embd 192 --n-ff 720", -0.212),
+    "wider, more heads, fewer layers": ("--n-layer 2 --n-head 8 --n-embd 160 --n-ff 608", None),
+    "GEGLU": ("--ff geglu", -0.064),
+    "SwiGLU": ("--ff swiglu", -0.061),
+    "sinusoid positions": ("--position sinusoid", None),
+    "learned positions": ("--position learned", None),
+    "rotary positions": ("--position rotary", None),
 }
 STEPS, RATES, SEEDS = 1500, ("1e-3", "2e-3"), (1337, 1, 2)
 COMMON = (
-    "--objective spans --data data/march --device cpu --block-size 128 --batch-size 8 --micro-batch 8 "
-    f"--warmup-steps 300 --label-smoothing 0 --max-steps {STEPS} --eval-interval 500 --eval-tokens 16384"
+    "--objective spans --n-layer 4 --n-head 4 --head-dim 32 --n-embd 128 --n-ff 512 --position relative --device cpu "
+    "--data data/march --block-size 128 --batch-size 8 --micro-batch 8 --warmup-steps 300 --label-smoothing 0 "
+    f"--max-steps {STEPS} --eval-interval 500 --eval-tokens 16384"
 )
-
-
-def options(name):
-    """The options by which a variant differs from the others, as text."""
-    return " ".join(f"--{k} {v}".strip() for k, v in (BASE | VARIANTS[name][0]).items())
 
 
 def search(submit):
@@ -44,7 +39,7 @@ def search(submit):
 
     def start(name, rate, seed):
         out = f"out/march/{name.replace(',', '').replace(' ', '-')}-{rate}-{seed}"
-        return submit(f"scratch_former.py {options(name)} {COMMON} --learning-rate {rate} --seed {seed}", out)
+        return submit(f"scratch_former.py {COMMON} {VARIANTS[name][0]} --learning-rate {rate} --seed {seed}", out)
 
     first = {name: {rate: start(name, rate, SEEDS[0]) for rate in RATES} for name in VARIANTS}
     best = {name: min(RATES, key=lambda rate: loss(first[name][rate].result())) for name in VARIANTS}
@@ -68,21 +63,21 @@ def main():
     for name, (rate, runs) in found.items():
         mean, standard_error = mean_and_error(losses[name])
         ms = 1000 / STEPS * min(rows[-1]["seconds"] for _, rows in runs)
-        change = f"{mean - base:+.3f} ({(mean - base) / error:+.1f})" if mean != base else ""
-        theirs = VARIANTS[name][1]
-        rows.append(f"| {name} | {runs[0][0].split()[0]} | {rate} | {ms:.0f} | {mean:.3f} ± {standard_error:.3f} "
-                    f"| {change} | {'' if theirs is None else f'{theirs:+.3f}'} |")  # fmt: skip
+        change = f"{mean - base:+.3f} ({(mean - base) / error:+.0f})" if mean != base else ""
+        options, theirs = VARIANTS[name]
+        rows.append(f"| {name} | {f'`{options}`' if options else ''} | {runs[0][0].split()[0]} | {rate} | {ms:.0f} "
+                    f"| {mean:.3f} ± {standard_error:.3f} | {change} "
+                    f"| {'' if theirs is None else f'{theirs:+.3f}'} |")  # fmt: skip
     table = [
         f"{STEPS:,} steps of 8 x 128 tokens of the standard library's sources, a vocabulary of 1,024, 15% hidden in "
         f"spans of three tokens on average; the better of the learning rates {' and '.join(RATES)}, three seeds. Nats "
         f"per predicted token, mean ± its standard error, on all of val. {machine()}, a thread a run.\n",
-        "| | parameters | rate | ms per step | loss | change (in standard errors) | MARCH's change |",
-        "| --- " * 7 + "|",
+        "| | options | parameters | rate | ms per step | loss | change (in standard errors) | MARCH's change |",
+        "| --- " * 8 + "|",
         *rows,
         f"\nStandard deviation of one run, pooled over all variants: {spread:.3f}; standard error of a change: "
         f"{error:.3f}. A change below two of them says nothing.\n",
-        *(f"    {name:40}{options(name)}" for name in VARIANTS),
-        f"\nEach: `python scratch_former.py {COMMON}` with its options, `--learning-rate` and `--seed` "
+        f"\nEach: `python scratch_former.py {COMMON}` and these options, `--learning-rate`, `--seed` "
         f"{', '.join(map(str, SEEDS))}.",
     ]
     (ROOT / "results/march.md").write_text("\n".join(table) + "\n", encoding="utf-8")
@@ -95,7 +90,7 @@ def main():
                 axis.plot(VARIANTS[name][1], y, "D", color="#4682b4")
         axis.axvline(0, color=GREY)
         axis.set_yticks(range(len(names)), reversed(names))
-        axis.set_xlabel("change of the loss, nats (left is better): ours with two standard errors, MARCH's a diamond")
+        axis.set_xlabel("change of the loss in nats, ours ± 2 standard errors; diamonds: MARCH")
 
     picture("results/march.svg", (8, 4), draw)
     print("\n".join(table))
