@@ -315,8 +315,8 @@ class Model(nn.Module):
                 nn.init.xavier_uniform_(p)
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
-        if cfg.position == "relative":  # a bias for each bucket and head, shared by the layers; first the encoder's
-            # Heads begin to look at what is near, each at its own scale: models with blanks are much slower without.
+        if cfg.position == "relative":  # biases (32, nh) of buckets and heads, for all layers; first the encoder's
+            # Each head begins with what is near, at its own scale, as in ALiBi (Press et al. 2022, arXiv 2108.12409).
             near = [-(torch.arange(32.0)[:, None] % n) * 0.5 ** torch.arange(cfg.n_head)
                     for n in {"next": [32], "masked": [16], "spans": [16, 32]}[cfg.objective]]  # fmt: skip
             self.relative_embedding = nn.ModuleList(nn.Embedding.from_pretrained(b, freeze=False) for b in near)

@@ -54,12 +54,12 @@ def main(folders):
     splits = gpt2.open_data(ROOT / model.cfg.data)[2]
     bases = {name: baseline(model.cfg, splits) for name, (model, _) in models.items()}
 
-    print("| objective | parameters | tokens read | seconds | loss | frequencies | below |\n" + "| --- " * 7 + "|")
+    print("| objective | parameters | tokens read | loss | frequencies | below |\n" + "| --- " * 6 + "|")
     for name, (model, rows) in models.items():
         nats = gpt2.evaluate(model, splits["val"], tokenizer.eot_token, torch.no_grad())
         n, last = sum(p.numel() for p in model.parameters()), rows[-1]
-        print(f"| {name} | {n:,} | {last['tokens'] / 1e6:.1f}M | {last['seconds']:.0f} | {nats:.3f} "
-              f"| {bases[name]:.3f} | {bases[name] - nats:.3f} |")  # fmt: skip
+        print(f"| {name} | {n:,} | {last['tokens'] / 1e6:.1f}M | {nats:.3f} | {bases[name]:.3f} "
+              f"| {bases[name] - nats:.3f} |")  # fmt: skip
 
     filling = [model for name, (model, _) in models.items() if name != "next"]
     print("\n| line | hidden |", " | ".join(model.cfg.objective for model in filling), "|\n" + "| --- " * 4 + "|")
