@@ -84,26 +84,27 @@ PRESETS = {
 
 
 class Cache:
-    """Keys and values of the tokens fed so far, (n_layer, B, n_head, block_size, head size) each, `length` filled."""
+    """Keys and values of the tokens fed so far, (2, n_layer, B, n_head, block_size, head size), `length` filled."""
 
     def __init__(self, cfg, batch_size, like):
-        shape = (cfg.n_layer, batch_size, cfg.n_head, cfg.block_size, cfg.n_embd // cfg.n_head)
-        self.k, self.v = like.new_empty(shape), like.new_empty(shape)
-        self.length = 0
+        shape = (2, cfg.n_layer, batch_size, cfg.n_head, cfg.block_size, cfg.n_embd // cfg.n_head)
+        self.kv, self.length = like.new_empty(shape), 0
 
-    def append(self, layer, k, v):
-        """Stores a layer's new keys and values (B, nh, T, hs); returns all of them (B, nh, length + T, hs)."""
-        end = self.length + k.size(2)
-        self.k[layer, :, :, self.length : end] = k
-        self.v[layer, :, :, self.length : end] = v
-        return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
+    def append(self, layer, kv):
+        """Stores a layer's new keys and values (2, B, nh, T, hs); returns all of them (2, B, nh, length + T, hs)."""
+        end = self.length + kv.size(3)
+        self.kv[:, layer, :, :, self.length : end] = kv
+        return self.kv[:, layer, :, :, :end]
 
     def select(self, rows):
         """Makes row i of the batch what row rows[i] was: keeps, repeats or reorders them."""
-        k, v = (old[:, rows, :, : self.length] for old in (self.k, self.v))
-        if len(rows) != self.k.size(1):
-            self.k, self.v = (old.new_empty(len(old), len(rows), *old.shape[2:]) for old in (self.k, self.v))
-        self.k[:, :, :, : self.length], self.v[:, :, :, : self.length] = k, v
+        old = self.kv
+        if len(rows) != old.size(2):
+            self.kv = old.new_empty(*old.shape[:2], len(rows), *old.shape[3:])
+        moved = [(i, int(j)) for i, j in enumerate(rows) if i != j or self.kv is not old]  # the others stay
+        copies = [old[:, :, j, :, : self.length].clone() for _, j in moved]
+        for (i, _), row in zip(moved, copies):
+            self.kv[:, :, i, :, : self.length] = row
 
 
 class Attention(nn.Module):
@@ -117,19 +118,17 @@ class Attention(nn.Module):
 
     def forward(self, x, cache=None, layer=0):
         B, T, C = x.shape
-        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, nh, T, hs) each
+        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
+        q, k, v = qkv  # (B, nh, T, hs) each
         if cache is not None:
-            k, v = cache.append(layer, k, v)  # (B, nh, S, hs), S = tokens before + T
+            k, v = cache.append(layer, qkv[1:])  # (B, nh, S, hs), S = tokens before + T
         S, dropout = k.size(2), self.dropout if self.training else 0.0
-        mask = torch.ones(T, S, dtype=torch.bool, device=x.device).tril(S - T)  # query t has position S - T + t
+        mask = q.new_full((T, S), -math.inf).triu(S - T + 1)  # query t has position S - T + t
         if q.device.type == "cpu" and q.dtype == torch.bfloat16 and 1 < T and S <= 512:  # twice as fast there
-            weights = q / math.sqrt(C // self.n_head) @ k.mT  # (B, nh, T, S)
-            weights = weights + weights.new_zeros(T, S).masked_fill(~mask, -math.inf)
-            y = F.dropout(weights.softmax(-1), dropout) @ v  # (B, nh, T, hs)
+            weights = (q / math.sqrt(C // self.n_head) @ k.mT + mask).softmax(-1)  # (B, nh, T, S)
+            y = F.dropout(weights, dropout) @ v  # (B, nh, T, hs)
         else:  # the same, without ever holding the weights in memory
-            past = mask if 1 < T < S else None
-            y = F.scaled_dot_product_attention(q, k, v, past, dropout, is_causal=T == S and T > 1)
+            y = F.scaled_dot_product_attention(q, k, v, mask if 1 < T < S else None, dropout, is_causal=1 < T == S)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))  # (B, nh, T, hs) -> (B, T, C)
 
 
@@ -176,6 +175,8 @@ class Model(nn.Module):
         self.drop = nn.Dropout(cfg.dropout)
         self.h = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layer))
         self.ln_f = nn.LayerNorm(cfg.n_embd)
+        self.lm_head = nn.Linear(cfg.n_embd, padded, bias=False)
+        self.lm_head.weight = self.wte.weight
         for name, p in self.named_parameters():
             if p.dim() == 2:  # residual projections are scaled by 1 / sqrt(2 n_layer): that many are added up
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * cfg.n_layer) if "c_proj" in name else 0.02)
@@ -195,8 +196,8 @@ class Model(nn.Module):
             x = x[:, -self.ahead :]
         x = self.ln_f(x)
         if targets is not None:
-            return linear_cross_entropy(x, self.wte.weight, targets, self.cfg.vocab_size)
-        return F.linear(x, self.wte.weight)[..., : self.cfg.vocab_size]  # (B, T, V)
+            return linear_cross_entropy(x, self.lm_head.weight, targets, self.cfg.vocab_size)
+        return self.lm_head(x)[..., : self.cfg.vocab_size]  # (B, T, V)
 
     def new_cache(self, batch_size):
         return Cache(self.cfg, batch_size, self.wte.weight)

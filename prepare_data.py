@@ -507,7 +507,7 @@ def prepare_weights(name, out):
             model[key] = w.T.contiguous() if key.startswith("h.") and w.dim() == 2 else w  # x @ W here, x @ W.T in ours
     (vocab_size, n_embd), block_size = model["wte.weight"].shape, len(model["wpe.weight"])
     padding = torch.zeros(-vocab_size % 64, n_embd)  # gpt2.py pads its vocabulary to a multiple of 64
-    model["wte.weight"] = torch.cat([model["wte.weight"], padding])
+    model["wte.weight"] = model["lm_head.weight"] = torch.cat([model["wte.weight"], padding])
     config = {"vocab_size": vocab_size, "block_size": block_size, "n_embd": n_embd, "n_head": n_embd // 64}
     config["n_layer"] = len({key.split(".")[1] for key in model if key.startswith("h.")})
     state = {"model_file": "gpt2.py", "config": config, "model": model, "optimizer": {"state": {}}, "step": 0}

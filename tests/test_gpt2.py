@@ -26,7 +26,7 @@ def as_hugging_face(model):
     cfg, weights = model.cfg, {}
     config = GPT2Config(vocab_size=cfg.vocab_size, n_positions=cfg.block_size, n_embd=cfg.n_embd, n_layer=cfg.n_layer,
                         n_head=cfg.n_head, bos_token_id=None, eos_token_id=None)  # fmt: skip
-    for name, w in model.state_dict().items():  # they keep OpenAI's (in, out) layout; nn.Linear's is (out, in)
+    for name, w in model.named_parameters():  # they keep OpenAI's (in, out) layout; nn.Linear's is (out, in)
         w = w.T if name.endswith(("c_attn.weight", "c_fc.weight", "c_proj.weight")) else w
         weights[f"transformer.{name}"] = w[: cfg.vocab_size] if name == "wte.weight" else w  # theirs is not padded
     weights["lm_head.weight"] = weights["transformer.wte.weight"]
