@@ -59,8 +59,9 @@ march: .venv/installed-dev
 	$(PY) bench/march.py
 
 bench: .venv/installed-dev
-	test -z "$$NANOGPT" || $(PY) bench/train.py --nanogpt "$$NANOGPT"
+	$(PY) bench/train.py $${NANOGPT:+--nanogpt "$$NANOGPT"}
 	$(PY) bench/decode.py
+	$(PY) bench/growth.py
 	$(PY) bench/data.py --mb 50 --turns 3
 
 test: .venv/installed-dev

@@ -227,7 +227,7 @@ def few_rows(self, x):
     rows = x.flatten(0, -2)  # (n, in)
     if len(rows) > 32 or (x.dtype == torch.bfloat16) != torch.cpu.get_capabilities().get("amx_bf16", False):
         return F.linear(x, self.weight, self.bias)
-    y = (self.weight @ rows.expand(max(2, len(rows)), -1).T).T[: len(rows)]
+    y = (self.weight @ F.pad(rows, (0, 0, 0, len(rows) == 1)).T).T[: len(rows)]
     return (y if self.bias is None else y + self.bias).view(*x.shape[:-1], -1)
 
 

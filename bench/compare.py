@@ -49,7 +49,7 @@ def step_seconds():
         os.environ["OMP_NUM_THREADS"] = "1"
         speeds = race([f"{options} {COMMON} --vocab-size 4096" for options, _ in MODELS.values()], turns=5, steps=2)
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps([8 * 256 / speed for speed in speeds]), encoding="utf-8")
+        file.write_text(json.dumps([8 * 256 / speed for speed, _ in speeds]), encoding="utf-8")
     return dict(zip(MODELS, json.loads(file.read_text(encoding="utf-8"))))
 
 

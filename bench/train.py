@@ -2,7 +2,7 @@
 
     python bench/train.py                        each model file beside gpt2.py of its size
     python bench/train.py --only mixer           those with "mixer" in their name
-    python bench/train.py --nanogpt DIR          gpt2.py beside nanoGPT; DIR: a clone of github.com/karpathy/nanoGPT
+    python bench/train.py --nanogpt DIR          and gpt2.py beside nanoGPT; DIR: a clone of github.com/karpathy/nanoGPT
     python bench/train.py "/old/gpt2.py --dtype float32" "gpt2.py --dtype float32"          any two or more commands
     python bench/train.py "gpt2.py" "MALLOC_TRIM_THRESHOLD_=2000000000 gpt2.py"             an environment variable
 
@@ -33,15 +33,11 @@ SHAPES = {
     "4 layers, width 128, batch 16 x 256": "--n-layer 4 --n-head 4 --n-embd 128 --vocab-size 4096 --batch-size 16",
     "6 layers, width 192, batch 8 x 256": "--n-layer 6 --n-head 6 --n-embd 192 --vocab-size 50304 --batch-size 8",
 }
-GROWN, SMALL = "--n-layer 12 --n-head 6 --n-embd 192", "--block-size 512 --n-layer 4 --n-embd 128 --batch-size 4"
+GROWN = "--n-layer 12 --n-head 6 --n-embd 192"
 PAIRS = [
     ("gpt2.py --block-size 1024 --n-layer 6 --batch-size 2", "conv_attention.py --preset hourglass"),
     *((f"gpt2.py {GROWN}", f"progressive.py {GROWN} --stage {stage}") for stage in (1, 2, 3)),
     ("gpt2.py --block-size 512 --n-layer 8 --n-head 4 --n-embd 256 --batch-size 4", "mixer.py --batch-size 4"),
-    *(
-        (f"gpt2.py {SMALL} --n-head 8", f"mixer.py {SMALL} {variant}")
-        for variant in ("", "--mixing expanded", "--mixing softmax", "--n-head 4", "--kernel 4", "--rotary")
-    ),
     ("gpt2.py --n-layer 4 --n-head 8 --n-embd 512 --batch-size 10", "scratch_former.py"),
 ]
 
@@ -109,7 +105,7 @@ def take_turns(file, options):
 
 
 def race(commands, turns, steps):
-    """Lets the commands take turns, prints what came out, and returns the median tokens/s of each."""
+    """Lets the commands take turns, prints what came out, and returns median tokens/s and peak memory of each."""
     processes, speeds, memory = [], [[] for _ in commands], [0.0 for _ in commands]
     for command in commands:
         words = command.split()
@@ -132,7 +128,7 @@ def race(commands, turns, steps):
         print(f"  {command}: {statistics.median(found):,.0f} tokens/s, {held / 1e6:,.0f} MB")
     best = max(range(len(commands) - 1), key=lambda i: statistics.median(speeds[i]), default=0)
     print(f"  speed {compare(speeds[-1], speeds[best])}, memory {memory[-1] / memory[best]:.2f}", flush=True)
-    return [statistics.median(found) for found in speeds]
+    return [(statistics.median(found), held) for found, held in zip(speeds, memory)]
 
 
 def main():
@@ -150,7 +146,7 @@ def main():
     if args.command:
         races = {"commands": args.command}
     if args.nanogpt:
-        races, peer = {}, f"{Path(args.nanogpt).resolve()}/model.py"
+        peer = f"{Path(args.nanogpt).resolve()}/model.py"
         for name, shape in SHAPES.items():
             races[f"{name}, nanoGPT as shipped"] = f"{peer} {shape} --dtype float32", f"gpt2.py {shape}"
             options = f"{shape} --compile"  # and fused AdamW, in the faster dtype

@@ -1,5 +1,6 @@
 """Decoders agree with Hugging Face, exhaustive search and exact distributions; the command line does what it says."""
 
+import copy
 import io
 import itertools
 import math
@@ -366,3 +367,15 @@ def test_the_command_line_fills_blanks(objective, say, data, tmp_path):
     printed = say(*ckpt, "--prompt", "<blank>model<blank>", "--decode", "all")
     assert printed.count("model") >= 4 and ("--- beam" in printed) == (objective == "spans")
     assert "ckpt.pt fills blanks: the prompt needs a <blank>" in say(*ckpt, "--prompt", "the model")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_loaded_model_multiplies_few_rows_as_exactly_as_linear(dtype, ckpt, monkeypatch):
+    layers = [layer for layer in sample.load(ckpt)[0].modules() if type(layer) is torch.nn.Linear]
+    assert len(layers) == 4 + 1 and all(layer.forward.func is sample.few_rows for layer in layers)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": dtype == torch.bfloat16})
+    for shape, bias in itertools.product([(1, 1), (8, 1), (2, 3), (33, 1)], (True, False)):
+        layer, x = torch.nn.Linear(96, 160, bias).to(dtype), torch.randn(*shape, 96, generator=seeded(0)).to(dtype)
+        exact = copy.deepcopy(layer).double()(x.double())
+        ours, theirs = ((y - exact).abs().mean() for y in (sample.few_rows(layer, x), layer(x)))
+        assert sample.few_rows(layer, x).shape == exact.shape and ours <= 1.5 * theirs
