@@ -72,7 +72,7 @@ class Config:
 # Learning rates of the four sizes: Brown et al. 2020 (GPT-3), table 2.1. 2**19 = 512 x 1024, ~0.5M tokens per step.
 _GPT2 = dict(block_size=1024, batch_size=512, micro_batch=16, max_steps=20_000, warmup_steps=700)
 PRESETS = {
-    "demo": dict(n_layer=2, n_head=4, n_embd=128, max_steps=950, eval_interval=250, log_interval=50,
+    "demo": dict(n_layer=2, n_head=4, n_embd=128, max_steps=1150, eval_interval=250, log_interval=50,
                  learning_rate=4e-3, warmup_steps=60),
     "report": dict(n_layer=6, n_head=6, n_embd=384, dropout=0.2, batch_size=64, micro_batch=64, max_steps=5000,
                    learning_rate=3e-4),
@@ -124,7 +124,7 @@ class Attention(nn.Module):
             k, v = cache.append(layer, qkv[1:])  # (B, nh, S, hs), S = tokens before + T
         S, dropout = k.size(2), self.dropout if self.training else 0.0
         mask = q.new_full((T, S), -math.inf).triu(S - T + 1)  # query t has position S - T + t
-        if q.device.type == "cpu" and q.dtype == torch.bfloat16 and 1 < T and S <= 512:  # twice as fast there
+        if q.device.type == "cpu" and q.dtype == torch.bfloat16 and 1 < T and S < 512:  # up to twice as fast there
             weights = (q / math.sqrt(C // self.n_head) @ k.mT + mask).softmax(-1)  # (B, nh, T, S)
             y = F.dropout(weights, dropout) @ v  # (B, nh, T, hs)
         else:  # the same, without ever holding the weights in memory

@@ -146,7 +146,7 @@ class Attention(nn.Module):
             k, v = cache.append(layer, qkv[1:])  # (B, nh, S, hs), S = tokens before + T
         S, dropout = k.size(2), self.dropout if self.training else 0.0
         mask = q.new_full((T, S), -math.inf).triu(S - T + 1)  # query t has position S - T + t
-        if q.device.type == "cpu" and q.dtype == torch.bfloat16 and 1 < T and S <= 512:  # twice as fast there
+        if q.device.type == "cpu" and q.dtype == torch.bfloat16 and 1 < T and S < 512:  # up to twice as fast there
             weights = (q / math.sqrt(C // self.n_head) @ k.mT + mask).softmax(-1)  # (B, nh, T, S)
             y = F.dropout(weights, dropout) @ v  # (B, nh, T, hs)
         else:  # the same, without ever holding the weights in memory

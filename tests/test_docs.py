@@ -3,6 +3,7 @@
 import re
 import subprocess
 
+import pytest
 from conftest import ROOT
 
 
@@ -18,15 +19,15 @@ def test_make_demo_passes_its_prompt_whole():
     assert 'it\'s a "q" (x' in said.splitlines()
 
 
-def test_every_option_that_the_readme_names_exists():
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    for script, options in re.findall(r"(?:python|nproc-per-node=\d+) (\w+\.py)([^\n`#|]*)", readme):
+PAGES = [ROOT / "README.md", *sorted((ROOT / "results").glob("*.md"))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_options_exist_and_links_resolve(page):
+    text = page.read_text(encoding="utf-8")
+    for script, options in re.findall(r"(?:python|nproc-per-node=\d+) ([\w/]+\.py)([^\n`#|]*)", text):
         source = (ROOT / script).read_text(encoding="utf-8")
-        for option in re.findall(r"--([a-z][a-z-]+)", options):
+        for option in re.findall(r" --([a-z][a-z-]+)", options):
             assert f'"--{option}"' in source or f"    {option.replace('-', '_')}: " in source, f"{script} --{option}"
-
-
-def test_every_file_that_the_readme_links_to_exists():
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    for link in re.findall(r"\]\(([^)#]+)\)", readme):
-        assert link.startswith("https://") or (ROOT / link).exists(), link
+    for link in re.findall(r"\]\(([^)#]+)\)", text):  # of pictures, too
+        assert link.startswith("https://") or (page.parent / link).exists(), link
