@@ -86,27 +86,27 @@ PRESETS = {
 
 
 class Cache:
-    """Keys and values of the tokens fed so far, (2, n_layer, B, n_head, block_size, head size), `length` filled."""
+    """Keys and values of the tokens fed so far, (n_layer, B, n_head, block_size, head size) each, `length` filled."""
 
     def __init__(self, cfg, batch_size, like):
-        shape = (2, cfg.n_layer, batch_size, cfg.n_head, cfg.block_size, cfg.n_embd // cfg.n_head)
-        self.kv, self.length = like.new_empty(shape), 0
+        shape = (cfg.n_layer, batch_size, cfg.n_head, cfg.block_size, cfg.n_embd // cfg.n_head)
+        self.k, self.v, self.length = like.new_empty(shape), like.new_empty(shape), 0
 
-    def append(self, layer, kv):
-        """Stores a layer's new keys and values (2, B, nh, T, hs); returns all of them (2, B, nh, length + T, hs)."""
-        end = self.length + kv.size(3)
-        self.kv[:, layer, :, :, self.length : end] = kv
-        return self.kv[:, layer, :, :, :end]
+    def append(self, layer, k, v):
+        """Stores a layer's new keys and values (B, nh, T, hs); returns all of them (B, nh, length + T, hs)."""
+        end = self.length + k.size(2)
+        self.k[layer, :, :, self.length : end], self.v[layer, :, :, self.length : end] = k, v
+        return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
 
     def select(self, rows):
         """Makes row i of the batch what row rows[i] was: keeps, repeats or reorders them."""
-        old = self.kv
-        if len(rows) != old.size(2):
-            self.kv = old.new_empty(*old.shape[:2], len(rows), *old.shape[3:])
-        moved = [(i, int(j)) for i, j in enumerate(rows) if i != j or self.kv is not old]  # the others stay
-        copies = [old[:, :, j, :, : self.length].clone() for _, j in moved]
-        for (i, _), row in zip(moved, copies):
-            self.kv[:, :, i, :, : self.length] = row
+        old, end = (self.k, self.v), self.length
+        if len(rows) != self.k.size(1):
+            self.k, self.v = (x.new_empty(len(x), len(rows), *x.shape[2:]) for x in old)
+        moved = [(i, int(j)) for i, j in enumerate(rows) if i != j or self.k is not old[0]]  # the others stay
+        for new, x in zip((self.k, self.v), old):
+            for (i, _), row in zip(moved, [x[:, j, :, :end].clone() for _, j in moved]):
+                new[:, i, :, :end] = row
 
 
 class LoRALinear(nn.Linear):
@@ -140,10 +140,10 @@ class Attention(nn.Module):
 
     def forward(self, x, cache=None, layer=0):
         B, T, C = x.shape
-        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
-        q, k, v = qkv  # (B, nh, T, hs) each
+        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, nh, T, hs) each
         if cache is not None:
-            k, v = cache.append(layer, qkv[1:])  # (B, nh, S, hs), S = tokens before + T
+            k, v = cache.append(layer, k, v)  # (B, nh, S, hs), S = tokens before + T
         S, dropout = k.size(2), self.dropout if self.training else 0.0
         mask = q.new_full((T, S), -math.inf).triu(S - T + 1)  # query t has position S - T + t
         if q.device.type == "cpu" and q.dtype == torch.bfloat16 and 1 < T and S < 512:  # up to twice as fast there

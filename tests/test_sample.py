@@ -374,7 +374,7 @@ def test_a_loaded_model_multiplies_few_rows_as_exactly_as_linear(dtype, ckpt, mo
     layers = [layer for layer in sample.load(ckpt)[0].modules() if type(layer) is torch.nn.Linear]
     assert len(layers) == 4 + 1 and all(layer.forward.func is sample.few_rows for layer in layers)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": dtype == torch.bfloat16})
-    for shape, bias in itertools.product([(1, 1), (8, 1), (2, 3), (33, 1)], (True, False)):
+    for shape, bias in itertools.product([(1, 1), (8, 1), (32, 1), (2, 3)], (True, False)):
         layer, x = torch.nn.Linear(96, 160, bias).to(dtype), torch.randn(*shape, 96, generator=seeded(0)).to(dtype)
         exact = copy.deepcopy(layer).double()(x.double())
         ours, theirs = ((y - exact).abs().mean() for y in (sample.few_rows(layer, x), layer(x)))
