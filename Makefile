@@ -22,7 +22,7 @@ help:
 	@echo "make march                      MARCH's encoder-decoders at equal parameters: results/march.md; over an hour"
 	@echo 'make bench NANOGPT=DIR          speed beside nanoGPT (DIR is a clone of it), transformers, tokenizers and tiktoken'
 	@echo 'make test                       run the tests'
-	@echo 'make soak                       run the long tests: killed runs and full disks'
+	@echo 'make soak                       run the long tests: killed runs'
 	@echo 'make lint                       check the code with ruff'
 	@echo 'make clean                      remove .venv and caches, but not data/ and out/'
 
