@@ -1,9 +1,11 @@
-"""Three pictures of README.md. Small models are trained for them first; an interrupted run resumes.
+"""Four pictures, for which small models are trained first; an interrupted run resumes.
 
-    python bench/pictures.py       results/leak.svg, results/triangles.png, results/switch.svg; a quarter of an hour
+    python bench/pictures.py       leak.svg, recall.svg, switch.svg, triangles.png in results/; half an hour, two cores
 
-leak: four symbols, each drawn by itself. triangles: what a mixer's layers have learned, and where a GPT-2 of its shape
-attends on average. switch: progressive.py and a GPT-2 of its final size on the same batches.
+leak: four symbols, each drawn by itself. recall: texts that repeat themselves with a period of 2 to 64 tokens; from the
+second time on, the next token is the one that followed the same token one period before. switch: progressive.py and a
+GPT-2 of its final size on the same batches. triangles: what a mixer's layers have learned, and where a GPT-2 of its
+shape attends on average.
 """
 
 import json
@@ -12,44 +14,66 @@ import sys
 
 import numpy as np
 import torch
+from compare import MODELS
 from runs import GREY, ROOT, curve, picture, side_by_side
 from train import shell
 
 sys.path.insert(0, str(ROOT))
 import gpt2
+import progressive
 import sample
 
 IID = "--data data/iid --device cpu --block-size 1024 --batch-size 4 --micro-batch 4 --n-layer 1,1,1,1,1,1,1 "
 IID += "--max-steps 300 --warmup-steps 50 --eval-interval 300 --log-interval 5 --learning-rate 3e-3"
-TEXT = "--device cpu --block-size 256 --batch-size 8 --micro-batch 8 --n-head 4 --max-steps 1000 --eval-interval 1000 "
-TEXT += "--log-interval 10 --learning-rate 4e-3"
+RECALL = "--data data/recall --device cpu --block-size 128 --batch-size 32 --micro-batch 32 --max-steps 1000 "
+RECALL += "--warmup-steps 100 --eval-interval 1000 --learning-rate 2e-3"
+TEXT = "--device cpu --max-steps 1000 --eval-interval 1000 --log-interval 10 --learning-rate 4e-3"
 RUNS = {
     "the source's expander": f"conv_attention.py {IID} --expander sequence",
     "ours, 64 ahead": f"conv_attention.py {IID}",
     "ours, 1 ahead": f"conv_attention.py {IID} --ahead 1",
-    "gpt2, 12 blocks": f"gpt2.py {TEXT} --n-layer 12 --n-embd 72",
-    "progressive": f"progressive.py {TEXT} --n-layer 12 --n-embd 72",
-    "gpt2, 3 blocks": f"gpt2.py {TEXT} --n-layer 3 --n-embd 128",
-    "mixer": f"mixer.py {TEXT} --n-layer 3 --n-embd 128 --n-head 1",
+    "gpt2, 12 blocks": f"gpt2.py {TEXT} --n-layer 12 --n-head 4 --n-embd 72",
+    "progressive": f"progressive.py {TEXT} --n-layer 12 --n-head 4 --n-embd 72",
+    "gpt2, 3 blocks": f"gpt2.py {TEXT} --n-layer 3 --n-head 4 --n-embd 128",
+    "mixer": f"mixer.py {TEXT} --n-layer 3 --n-embd 128 --block-size 256 --batch-size 8 --micro-batch 8",
 }
+RECALLING = [name for name in MODELS if "64" not in name]  # 64 ahead is no next token
+RUNS |= {f"recall {name}": f"{MODELS[name][0]} {RECALL}" for name in RECALLING}
+PERIODS = [4, 8, 16, 32, 64]
 
 
-def write_independent_tokens():
-    """data/iid: ids 0 to 3, equally often, in any order."""
-    folder, splits = ROOT / "data/iid", {}
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, n in (("train", 2_000_000), ("val", 20_000)):
-        np.random.default_rng(n).integers(4, size=n, dtype="<u2").tofile(folder / f"{name}.bin")
-        splits[name] = {"tokens": n, "bytes": n, "words": n, "documents": 1, "sha256": ""}
+def folder(name):
+    return f"out/pictures/{name.replace(',', '').replace(' ', '-')}"
+
+
+def repeated(rng, periods, length):
+    """Texts (n, length) of 64 symbols that repeat themselves after the given periods (n)."""
+    return np.stack([rng.integers(64, size=period)[np.arange(length) % period] for period in periods])
+
+
+def write_tokens(name, draw):
+    """Token files data/NAME of draw(generator, n): about n ids below 256."""
+    path, splits = ROOT / "data" / name, {}
+    path.mkdir(parents=True, exist_ok=True)
+    for split, n in (("train", 2**21), ("val", 2**15)):
+        tokens = draw(np.random.default_rng(n), n).astype("<u2")
+        tokens.tofile(path / f"{split}.bin")
+        splits[split] = {"tokens": tokens.size, "bytes": n, "words": n, "documents": 1, "sha256": ""}
     meta = {"vocab_size": 257, "tokenizer": "bytes", "eot": 256, "splits": splits}
-    (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
+    (path / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
+
+
+def train(submit):
+    """The log of each run."""
+    started = {name: submit(command, folder(name)) for name, command in RUNS.items()}
+    return {name: run.result()[1] for name, run in started.items()}
 
 
 def lines(figure, runs, names):
-    """The training loss of some runs, over steps."""
+    """Training losses over steps."""
     axis = figure.subplots()
     for name in names:
-        curve(axis, [(row["step"], row["train_loss"]) for row in runs[name] if row["train_loss"]], name)
+        curve(axis, [(row["step"], row["train_loss"]) for row in runs[name]], name)
     axis.set_xlabel("optimizer steps")
     axis.set_ylabel("training loss, nats per token")
     return axis
@@ -58,59 +82,73 @@ def lines(figure, runs, names):
 def draw_leak(figure, runs):
     axis = lines(figure, runs, list(RUNS)[:3])
     axis.axhline(math.log(4), color=GREY, ls="--")
-    axis.annotate("ln 4: no honest loss is below", (0, math.log(4)), color=GREY, va="top")
+    axis.annotate("ln 4: no honest loss is below", (0, math.log(4) - 0.01), color=GREY, va="top")
     axis.set_ylim(1.1, 1.6)
 
 
 def draw_switch(figure, runs):
     axis, rows = lines(figure, runs, ["gpt2, 12 blocks", "progressive"]), runs["progressive"]
-    for share, stage in ((0.33, "3 blocks become 6"), (0.67, "6 become 12")):
-        axis.axvline(share * rows[-1]["step"], color=GREY, ls="--")
-        axis.annotate(f" {stage}", (share * rows[-1]["step"], 7), color=GREY)
-    before = next(row["train_loss"] for row in rows if row["step"] >= 0.67 * rows[-1]["step"])
-    arrow = dict(arrowstyle="->", color="#d2691e")
-    where = 0.67 * rows[-1]["step"], before
-    axis.annotate("", (where[0], before + 3.19 - 1.92), where, arrowprops=arrow)
-    axis.annotate(" in the source: 1.92 to 3.19", (where[0], before + 0.8), color="#d2691e")
+    for share, blocks in zip(progressive.Config.stages.split(","), (6, 12)):
+        step = float(share) * rows[-1]["step"]
+        loss = next(row["train_loss"] for row in rows if row["step"] >= step)
+        axis.axvline(step, color=GREY, ls="--")
+        axis.annotate(f" {blocks} blocks", (step, 3.8), color=GREY)
+    axis.annotate("", (step, loss + 3.19 - 1.92), (step, loss), arrowprops={"arrowstyle": "->", "color": "#d2691e"})
+    axis.annotate(" the source's jump here, 1.92 to 3.19", (step, loss + 1), color="#d2691e")
+
+
+@torch.no_grad()
+def draw_recall(figure):
+    """Prints and draws the share of repeated tokens that each model names, over the period."""
+    axis = figure.subplots()
+    print("| period |", " | ".join(map(str, PERIODS)), "|\n" + "| --- " * (1 + len(PERIODS)) + "|")
+    for name in RECALLING:
+        model, points = sample.load(ROOT / folder(f"recall {name}") / "ckpt.pt")[0], []
+        for period in PERIODS:
+            rows = torch.from_numpy(repeated(np.random.default_rng(0), [period] * 256, 129))
+            right = model(rows[:, :-1]).argmax(-1) == rows[:, 1:]
+            points.append((period, right[:, period:].float().mean().item()))
+        print(f"| {name} |", " | ".join(f"{share:.0%}" for _, share in points), "|")
+        curve(axis, points, name, marker="o")
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(PERIODS, PERIODS)
+    axis.set_xlabel("tokens back to the place to copy from")
+    axis.set_ylabel("share recalled")
 
 
 @torch.no_grad()
 def draw_triangles(figure):
     """Row t: the weights of positions 0 to t. Attention is the mean over heads and 64 texts of val.bin."""
-    mixer, _ = sample.load(ROOT / "out/pictures/mixer/ckpt.pt")
-    model, _ = sample.load(ROOT / "out/pictures/gpt2-3-blocks/ckpt.pt")
-    maps = [[block.mix.maps[0].weight.squeeze().tril() for block in mixer.h], []]
-    for block in model.h:  # the attention of the block, from what its Linear layer for q, k and v returns
-        block.attn.c_attn.register_forward_hook(lambda layer, x, qkv: maps[1].append(attention(qkv, 4)))
-    tokens = gpt2.open_data(ROOT / model.cfg.data)[2]["val"]
-    model(torch.from_numpy(tokens[: 64 * 256].astype(np.int64)).view(64, 256))
-    axes = figure.subplots(2, len(mixer.h))
-    for row, name, images in zip(axes, ("mixer", "gpt2"), maps):
-        for layer, (axis, image) in enumerate(zip(row, images)):
-            image = image.sign() * image.abs().sqrt()
+    mixer, model = (sample.load(ROOT / folder(name) / "ckpt.pt")[0] for name in ("mixer", "gpt2, 3 blocks"))
+    attention = []
+
+    def attend(layer, x, qkv):  # from what a block's Linear layer for queries, keys and values returns
+        q, k, _ = qkv.unflatten(-1, (3, 4, -1)).permute(2, 0, 3, 1, 4)
+        scores = q @ k.mT / math.sqrt(q.size(-1)) + torch.full(2 * [q.size(2)], -math.inf).triu(1)
+        attention.append(scores.softmax(-1).mean((0, 1)))
+
+    for block in model.h:
+        block.attn.c_attn.register_forward_hook(attend)
+    tokens = gpt2.open_data(ROOT / model.cfg.data)[2]["val"][: 64 * 256]
+    model(torch.from_numpy(tokens.astype(np.int64)).view(64, 256))
+    maps = {"mixer": [block.mix.maps[0].weight.squeeze().tril() for block in mixer.h], "gpt2": attention}
+    for axes, (name, images) in zip(figure.subplots(2, 3), maps.items()):
+        for layer, (axis, image) in enumerate(zip(axes, images), 1):
+            image = image.sign() * image.abs().sqrt()  # so that small weights are seen
             most = image.abs().quantile(0.999).item()
             axis.imshow(image.where(image != 0, math.nan), cmap="RdBu", vmin=-most, vmax=most)
-            axis.set_title(f"{name}, layer {layer + 1}")
-
-
-def attention(qkv, n_head):
-    """Mean weights (T, T) of causal attention."""
-    B, T, _ = qkv.shape
-    q, k, _ = qkv.float().view(B, T, 3, n_head, -1).permute(2, 0, 3, 1, 4)
-    weights = q @ k.mT / math.sqrt(q.size(-1))
-    return weights.masked_fill(~torch.ones(T, T).tril().bool(), -math.inf).softmax(-1).mean((0, 1))
+            axis.set_title(f"{name}, layer {layer}")
 
 
 def main():
     if not (ROOT / "data/stdlib/meta.json").exists():
         shell("prepare_data.py stdlib")
-    write_independent_tokens()
-    folders = {name: f"out/pictures/{name.replace(',', '').replace(' ', '-')}" for name in RUNS}
-    futures = side_by_side(lambda submit: {n: run.result() for n, run in
-                                           {n: submit(c, folders[n]) for n, c in RUNS.items()}.items()})  # fmt: skip
-    runs = {name: rows for name, (_, rows) in futures.items()}
+    write_tokens("iid", lambda rng, n: rng.integers(4, size=n))
+    write_tokens("recall", lambda rng, n: repeated(rng, rng.integers(2, 65, size=n // 1024), 1024))
+    runs = side_by_side(train)
     picture("results/leak.svg", (8, 3.5), lambda figure: draw_leak(figure, runs))
     picture("results/switch.svg", (8, 3.5), lambda figure: draw_switch(figure, runs))
+    picture("results/recall.svg", (8, 4), draw_recall)
     picture("results/triangles.png", (9, 6), draw_triangles)
 
 
