@@ -50,7 +50,7 @@ train: .venv/installed
 	$(PY) $(MODEL).py $(ARGS)
 
 compare: .venv/installed-dev
-	$(PY) bench/compare.py --scale '$(SCALE)'
+	$(PY) bench/compare.py '$(SCALE)'
 
 plot: .venv/installed-dev
 	$(PY) bench/runs.py $(RUNS)
@@ -62,7 +62,7 @@ bench: .venv/installed-dev
 	$(PY) bench/train.py $${NANOGPT:+--nanogpt "$$NANOGPT"}
 	$(PY) bench/decode.py
 	$(PY) bench/growth.py
-	$(PY) bench/data.py --mb 50 --turns 3
+	$(PY) bench/data.py
 
 test: .venv/installed-dev
 	$(PY) -m pytest -n auto

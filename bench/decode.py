@@ -1,8 +1,5 @@
 """Decoding speed: sample.py beside Hugging Face's generate. GPT-2 124M with random weights, the same in both.
 
-    python bench/decode.py
-    python bench/decode.py --device cuda
-
 Both compute in float32 and in bfloat16, and the faster generate is the peer; --dtype auto is what users of sample.py
 get. Nucleus sampling has two settings: "flat", random weights, whose next token is anything; "text", the last norm
 scaled by 6.5, which gives the entropy that a next token has in text, 4 to 5 nats. Turns alternate (A B C D A B C D ...)
@@ -11,15 +8,13 @@ in one process; the first does not count. Prints steps/s (tokens per text), and 
 
 import argparse
 import statistics
-import sys
 import tempfile
 import time
 
 import torch
 import transformers
-from train import ROOT, compare, machine
+from train import compare, machine
 
-sys.path.insert(0, str(ROOT))
 import gpt2
 import sample
 
@@ -33,39 +28,25 @@ SETTINGS = {  # name: (new tokens, batch, scale of the last norm, generate's opt
 
 
 def build(device):
-    """{name: (model, whether it is ours)}, all with the same weights."""
+    """{name: model}, all with the same weights."""
     torch.manual_seed(0)
     config = {"vocab_size": 50257, "block_size": 1024, "n_layer": 12, "n_head": 12, "n_embd": 768}
     ours, models = gpt2.Model(gpt2.Config(**config)), {}
     weights = {name: p.T if name.endswith(("attn.weight", "c_fc.weight", "c_proj.weight")) else p[:50257]
                for name, p in ours.named_parameters()}  # fmt: skip
-    for dtype in (torch.float32, torch.bfloat16):
-        theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config())
-        theirs.transformer.load_state_dict(weights)
-        theirs.generation_config.eos_token_id, theirs.generation_config.pad_token_id = None, 0
-        models[f"generate, {dtype}"] = theirs.eval().to(device, dtype), False
     state = {"model_file": "gpt2.py", "config": config, "model": ours.state_dict(), "step": 0}
     with tempfile.NamedTemporaryFile(suffix=".pt") as file:
         torch.save(state | {"tokenizer": {"name": "bytes", "ranks": ""}}, file.name)
         for dtype in (torch.float32, torch.bfloat16):
-            models[f"sample.py, {dtype}"] = sample.load(file.name, device)[0].to(dtype), True
+            theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config())
+            theirs.transformer.load_state_dict(weights)
+            theirs.generation_config.eos_token_id, theirs.generation_config.pad_token_id = None, 0
+            models[f"generate, {dtype}"] = theirs.eval().to(device, dtype)
+            models[f"sample.py, {dtype}"] = sample.load(file.name, device)[0].to(dtype)
     return models
 
 
-def seconds(model, idx, n_new, mine, for_them, for_us):
-    """How long n_new tokens take."""
-    start = time.perf_counter()
-    if mine:
-        sample.generate(model, idx, n_new, **for_us)
-    else:
-        model.generate(idx, max_new_tokens=n_new, min_new_tokens=n_new, **for_them)
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
-@torch.no_grad()
-def main():
+if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", help="(default: %(default)s)")
     parser.add_argument("--turns", type=int, default=5, help="turns that count (default: %(default)s)")
@@ -77,18 +58,19 @@ def main():
     for name, (n_new, batch, scale, for_them, for_us) in SETTINGS.items():
         idx = torch.randint(50257, (1, 16), device=args.device).repeat(batch, 1)
         speeds, n_new = {who: [] for who in models}, min(n_new, args.tokens)
-        for model, mine in models.values():
-            (model if mine else model.transformer).ln_f.weight.fill_(scale)
+        for model in models.values():
+            getattr(model, "transformer", model).ln_f.weight.data.fill_(scale)
         for _ in range(args.turns + 1):
-            for who, (model, mine) in models.items():
-                speeds[who].append(n_new / seconds(model, idx, n_new, mine, for_them, for_us))
+            for who, model in models.items():
+                start = time.perf_counter()
+                if isinstance(model, gpt2.Model):
+                    new = sample.generate(model, idx, n_new, **for_us)
+                else:
+                    new = model.generate(idx, max_new_tokens=n_new, min_new_tokens=n_new, **for_them)
+                new.cpu()  # waits for a GPU
+                speeds[who].append(n_new / (time.perf_counter() - start))
         speeds = {who: found[1:] for who, found in speeds.items()}
         best = max((who for who in models if "generate" in who), key=lambda who: statistics.median(speeds[who]))
         print(f"{name}, {n_new} tokens, steps/s; ratios to {best}")
         for who, found in speeds.items():
-            ratio = f", ratio {compare(found, speeds[best])}" if "sample" in who else ""
-            print(f"  {who}: {statistics.median(found):.1f}{ratio}", flush=True)
-
-
-if __name__ == "__main__":
-    main()
+            print(f"  {who}: {statistics.median(found):.1f}, ratio {compare(found, speeds[best])}", flush=True)

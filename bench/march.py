@@ -1,7 +1,4 @@
-"""MARCH's comparison of encoder-decoders, on scratch_former.py: at equal parameters, does it pay to be wide, to have
-more heads in fewer layers, to gate the feed-forward network, to leave out key and value matrices? Which positions?
-
-    make march                     50 trainings, less than two hours on two cores
+"""MARCH's encoder-decoders at equal parameters, on scratch_former.py: 50 trainings, less than two hours on two cores.
 
 MARCH (github.com/bri25yu/march) trained models of 220M parameters for 1,000 steps of a million tokens, one seed each.
 Here models of 2.1M learn to write hidden spans of the standard library's sources; with a vocabulary of 1,024, seven
@@ -14,24 +11,22 @@ import statistics
 from runs import GREY, ROOT, mean_and_error, picture, side_by_side
 from train import machine, shell
 
-VARIANTS = {  # what differs, and MARCH's change of the loss at step 1,000, None where it gives no number
-    "baseline": ("", None),
-    "more heads, fewer layers": ("--n-layer 2 --n-head 13 --n-ff 544", -0.051),
-    "and no cross-attention keys and values": ("--n-layer 2 --n-head 16 --no-cross-kv", None),
-    "wider, fewer layers": ("--n-layer 2 --n-embd 192 --n-ff 720", -0.212),
-    "wider, more heads, fewer layers": ("--n-layer 2 --n-head 8 --n-embd 160 --n-ff 608", None),
-    "GEGLU": ("--ff geglu", -0.064),
-    "SwiGLU": ("--ff swiglu", -0.061),
-    "sinusoid positions": ("--position sinusoid", None),
-    "learned positions": ("--position learned", None),
-    "rotary positions": ("--position rotary", None),
+VARIANTS = {  # what differs, and MARCH's change of the loss at step 1,000, where it gives a number
+    "baseline": ("", ""),
+    "more heads, fewer layers": ("--n-layer 2 --n-head 13 --n-ff 544", "-0.051"),
+    "and no cross-attention keys and values": ("--n-layer 2 --n-head 16 --no-cross-kv", ""),
+    "wider, fewer layers": ("--n-layer 2 --n-embd 192 --n-ff 720", "-0.212"),
+    "wider, more heads, fewer layers": ("--n-layer 2 --n-head 8 --n-embd 160 --n-ff 608", ""),
+    "GEGLU": ("--ff geglu", "-0.064"),
+    "SwiGLU": ("--ff swiglu", "-0.061"),
+    "sinusoid positions": ("--position sinusoid", ""),
+    "learned positions": ("--position learned", ""),
+    "rotary positions": ("--position rotary", ""),
 }
 STEPS, RATES, SEEDS = 1500, ("5e-4", "1e-3", "2e-3"), (1337, 1, 2)
-COMMON = (
-    "--objective spans --n-layer 4 --n-head 4 --head-dim 32 --n-embd 128 --n-ff 512 --position relative --device cpu "
-    "--data data/march --block-size 128 --batch-size 8 --micro-batch 8 --warmup-steps 300 --label-smoothing 0 "
-    f"--max-steps {STEPS} --eval-interval 500 --eval-tokens 16384"
-)
+COMMON = "--objective spans --n-layer 4 --n-head 4 --head-dim 32 --n-embd 128 --n-ff 512 --position relative "
+COMMON += "--device cpu --data data/march --block-size 128 --batch-size 8 --micro-batch 8 --warmup-steps 300 "
+COMMON += f"--label-smoothing 0 --max-steps {STEPS} --eval-interval 500 --eval-tokens 16384"
 
 
 def search(submit):
@@ -51,7 +46,7 @@ def loss(run):
     return float(run[0].split("all of val: ")[1].split()[0])
 
 
-def main():
+if __name__ == "__main__":
     if not (ROOT / "data/march/meta.json").exists():
         shell("prepare_data.py stdlib --tokenizer bpe:1024 --out data/march")
     found = side_by_side(search)
@@ -59,42 +54,35 @@ def main():
     base = statistics.mean(losses["baseline"])
     spread = statistics.mean(statistics.variance(values) for values in losses.values()) ** 0.5  # of one run, pooled
     error = spread * (2 / len(SEEDS)) ** 0.5  # of a difference of two means
-    rows = []
-    for name, (rate, runs) in found.items():
-        mean, standard_error = mean_and_error(losses[name])
-        ms = 1000 / STEPS * min(rows[-1]["seconds"] for _, rows in runs)
-        change = f"{mean - base:+.3f} ({(mean - base) / error:+.0f})" if mean != base else ""
-        options, theirs = VARIANTS[name]
-        rows.append(f"| {name} | {f'`{options}`' if options else ''} | {runs[0][0].split()[0]} | {rate} | {ms:.0f} "
-                    f"| {mean:.3f} ± {standard_error:.3f} | {change} "
-                    f"| {'' if theirs is None else f'{theirs:+.3f}'} |")  # fmt: skip
+    changes = {name: statistics.mean(values) - base for name, values in losses.items() if name != "baseline"}
     table = [
         f"{STEPS:,} steps of 8 x 128 tokens of the standard library's sources, a vocabulary of 1,024, 15% hidden in "
         f"spans of three tokens on average; the best of the learning rates {', '.join(RATES)}, three seeds. Nats "
         f"per predicted token, mean ± its standard error, on all of val. {machine()}, a thread a run.\n",
         "| | options | parameters | rate | ms per step | loss | change (in standard errors) | MARCH's change |",
         "| --- " * 8 + "|",
-        *rows,
+    ]
+    for (name, (options, theirs)), (rate, runs) in zip(VARIANTS.items(), found.values()):
+        mean, its_error = mean_and_error(losses[name])
+        ms = 1000 / STEPS * min(rows[-1]["seconds"] for _, rows in runs)
+        change = f"{changes[name]:+.3f} ({changes[name] / error:+.0f})" if name in changes else ""
+        table.append(f"| {name} | {options and f'`{options}`'} | {runs[0][0].split()[0]} | {rate} | {ms:.0f} "
+                     f"| {mean:.3f} ± {its_error:.3f} | {change} | {theirs} |")  # fmt: skip
+    table += [
         f"\nStandard deviation of one run, pooled over all variants: {spread:.3f}; standard error of a change: "
         f"{error:.3f}. A change below two of them says nothing.",
         f"\nEach: `python scratch_former.py {COMMON}` and these options, `--learning-rate`, `--seed` "
         f"{', '.join(map(str, SEEDS))}.",
     ]
     (ROOT / "results/march.md").write_text("\n".join(table) + "\n", encoding="utf-8")
+    print("\n".join(table))
 
     def draw(figure):
-        axis, names = figure.subplots(), [name for name in VARIANTS if name != "baseline"]
-        for y, name in enumerate(reversed(names)):
-            axis.errorbar(statistics.mean(losses[name]) - base, y, xerr=2 * error, fmt="o", color="#d2691e", capsize=3)
-            if VARIANTS[name][1] is not None:
-                axis.plot(VARIANTS[name][1], y, "D", color="#4682b4")
+        axis = figure.subplots()
+        axis.errorbar([*changes.values()], [*changes], xerr=2 * error, fmt="o", color="#d2691e", capsize=3)
+        axis.plot([float(VARIANTS[name][1] or "nan") for name in changes], [*changes], "D", color="#4682b4")
         axis.axvline(0, color=GREY)
-        axis.set_yticks(range(len(names)), reversed(names))
+        axis.invert_yaxis()
         axis.set_xlabel("change of the loss in nats, ours ± 2 standard errors; diamonds: MARCH")
 
     picture("results/march.svg", (8, 4), draw)
-    print("\n".join(table))
-
-
-if __name__ == "__main__":
-    main()

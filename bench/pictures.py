@@ -23,8 +23,8 @@ import gpt2
 import progressive
 import sample
 
-IID = "--data data/iid --device cpu --block-size 1024 --batch-size 4 --micro-batch 4 --n-layer 1,1,1,1,1,1,1 "
-IID += "--max-steps 300 --warmup-steps 50 --eval-interval 300 --log-interval 5 --learning-rate 3e-3"
+IID = "--data data/iid --device cpu --block-size 128 --batch-size 16 --micro-batch 16 --n-layer 0,0,0,0,0,0,0 "
+IID += "--max-steps 600 --warmup-steps 50 --eval-interval 600 --log-interval 5 --learning-rate 1e-3"
 RECALL = "--data data/recall --device cpu --block-size 128 --batch-size 32 --micro-batch 32 --max-steps 1000 "
 RECALL += "--warmup-steps 100 --eval-interval 1000 --learning-rate 2e-3"
 TEXT = "--device cpu --max-steps 1000 --eval-interval 1000 --log-interval 10 --learning-rate 4e-3"
@@ -51,15 +51,15 @@ def repeated(rng, periods, length):
     return np.stack([rng.integers(64, size=period)[np.arange(length) % period] for period in periods])
 
 
-def write_tokens(name, draw):
-    """Token files data/NAME of draw(generator, n): about n ids below 256."""
+def write_tokens(name, vocab_size, draw):
+    """Token files data/NAME of draw(generator, n), about n ids."""
     path, splits = ROOT / "data" / name, {}
     path.mkdir(parents=True, exist_ok=True)
     for split, n in (("train", 2**21), ("val", 2**15)):
         tokens = draw(np.random.default_rng(n), n).astype("<u2")
         tokens.tofile(path / f"{split}.bin")
         splits[split] = {"tokens": tokens.size, "bytes": n, "words": n, "documents": 1, "sha256": ""}
-    meta = {"vocab_size": 257, "tokenizer": "bytes", "eot": 256, "splits": splits}
+    meta = {"vocab_size": vocab_size, "tokenizer": "bytes", "eot": 0, "splits": splits}
     (path / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
 
 
@@ -143,8 +143,8 @@ def draw_triangles(figure):
 def main():
     if not (ROOT / "data/stdlib/meta.json").exists():
         shell("prepare_data.py stdlib")
-    write_tokens("iid", lambda rng, n: rng.integers(4, size=n))
-    write_tokens("recall", lambda rng, n: repeated(rng, rng.integers(2, 65, size=n // 1024), 1024))
+    write_tokens("iid", 4, lambda rng, n: rng.integers(4, size=n))
+    write_tokens("recall", 64, lambda rng, n: repeated(rng, rng.integers(2, 65, size=n // 1024), 1024))
     runs = side_by_side(train)
     picture("results/leak.svg", (8, 3.5), lambda figure: draw_leak(figure, runs))
     picture("results/switch.svg", (8, 3.5), lambda figure: draw_switch(figure, runs))
