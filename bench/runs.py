@@ -66,10 +66,10 @@ def picture(path, size, draw):
     figure.savefig(ROOT / path, transparent=True, bbox_inches="tight", metadata={"Date": None})
 
 
-def curve(axis, points, name, **style):
+def curve(axis, points, name, va="center", **style):
     """Draws a line through points (x, y) with its name at its end; returns its colour."""
     (line,) = axis.plot(*zip(*points), **style)
-    axis.annotate(f" {name}", points[-1], color=line.get_color(), va="center")
+    axis.annotate(f" {name}", points[-1], color=line.get_color(), va=va)
     return line.get_color()
 
 
