@@ -39,6 +39,11 @@ def test_a_row_sees_exactly_the_blocks_up_to_its_own_and_in_the_exhibit_all(ahea
     assert torch.equal(moved, (block >= block[:, None]) | (expander == "sequence"))
 
 
+def test_64_ahead_begins_with_the_words_of_the_text():
+    model, idx = tiny(ahead=64, n_embd=48), torch.randint(8, (32, 256))
+    assert model(idx)[..., :8].mean() > model(idx)[..., 8:50].mean() + 0.1
+
+
 @pytest.mark.parametrize("expander", ["local", "sequence"])
 def test_the_exhibit_predicts_random_tokens_that_it_can_see_and_no_others(expander):
     """I.i.d. tokens over 4 symbols: no loss is below ln 4 without a leak."""
