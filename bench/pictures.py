@@ -110,11 +110,11 @@ def draw_recall(figure):
             right = model(rows[:, :-1]).argmax(-1) == rows[:, 1:]
             points.append((period, right[:, period:].float().mean().item()))
         print(f"| {name} |", " | ".join(f"{share:.0%}" for _, share in points), "|")
-        curve(axis, points, name, marker="o")
+        axis.plot(*zip(*points), marker="o", label=name)
+    axis.legend(frameon=False, labelcolor="linecolor")
     axis.set_xscale("log", base=2)
     axis.set_xticks(PERIODS, PERIODS)
-    axis.set_xlabel("tokens back to the place to copy from")
-    axis.set_ylabel("share recalled")
+    axis.set(xlabel="tokens back to the place to copy from", ylabel="share recalled")
 
 
 @torch.no_grad()
