@@ -19,7 +19,7 @@ help:
 	@echo 'make train MODEL=gpt2 ARGS=...  train a model file; ARGS are its options: ARGS="--preset report --device cuda"'
 	@echo 'make compare                    all models on the same tokens, three seeds: results/compare.md; SCALE=quick'
 	@echo 'make plot RUNS="out/a out/b"    validation loss of your own runs, over tokens and over time: out/plot.svg'
-	@echo "make march                      MARCH's encoder-decoders at equal parameters: results/march.md; over an hour"
+	@echo "make march                      MARCH's encoder-decoders at equal parameters: results/march.md; two hours"
 	@echo 'make bench NANOGPT=DIR          speed beside nanoGPT (DIR is a clone of it), transformers, tokenizers and tiktoken'
 	@echo 'make test                       run the tests'
 	@echo 'make soak                       run the long tests: killed runs'

@@ -13,7 +13,8 @@
 one vector to four: a ConvTranspose1d with a bias for each of the four. There are two ways to train this:
 
 --ahead 64, the source's objective: row i scores token i + 64. A block of 64 tokens is read whole, and the 64 tokens of
-    the next one are predicted at once, independently of each other. Sampling makes 64 tokens per forward pass.
+    the next one are predicted at once, independently of each other. Sampling makes 64 tokens per forward pass. The
+    network begins as a bag of words: a row starts with the mean of all that it may see.
 --ahead 1, next-token prediction as in Hourglass (Nawrot et al. 2022, arXiv 2110.13711): the sequence is shifted right
     by 3 before it is compressed, so that a group of four is complete when its last token is the newest one (section
     2.2), and a skip connection leads around each shortened part (section 2.3, algorithm 1). With a cache the second
@@ -170,12 +171,13 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.append(layer, k, v)  # (B, nh, S, hs), S = tokens before + T
         S, dropout = k.size(2), self.dropout if self.training else 0.0
-        mask = q.new_full((T, S), -math.inf).triu(S - T + 1)  # query t has position S - T + t
-        if q.device.type == "cpu" and q.dtype == torch.bfloat16 and 1 < T and S < 512:  # up to twice as fast there
+        plain = q.device.type == "cpu" and q.dtype == torch.bfloat16 and 1 < T and S < 512  # up to twice as fast there
+        mask = q.new_full((T, S), -math.inf).triu(S - T + 1) if plain or 1 < T < S else None  # query t is at S - T + t
+        if plain:
             weights = (q / math.sqrt(C // self.n_head) @ k.mT + mask).softmax(-1)  # (B, nh, T, S)
             y = F.dropout(weights, dropout) @ v  # (B, nh, T, hs)
         else:  # the same, without ever holding the weights in memory
-            y = F.scaled_dot_product_attention(q, k, v, mask if 1 < T < S else None, dropout, is_causal=1 < T == S)
+            y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=1 < T == S)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))  # (B, nh, T, hs) -> (B, T, C)
 
 

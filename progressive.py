@@ -145,12 +145,13 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.append(layer, k, v)  # (B, nh, S, hs), S = tokens before + T
         S, dropout = k.size(2), self.dropout if self.training else 0.0
-        mask = q.new_full((T, S), -math.inf).triu(S - T + 1)  # query t has position S - T + t
-        if q.device.type == "cpu" and q.dtype == torch.bfloat16 and 1 < T and S < 512:  # up to twice as fast there
+        plain = q.device.type == "cpu" and q.dtype == torch.bfloat16 and 1 < T and S < 512  # up to twice as fast there
+        mask = q.new_full((T, S), -math.inf).triu(S - T + 1) if plain or 1 < T < S else None  # query t is at S - T + t
+        if plain:
             weights = (q / math.sqrt(C // self.n_head) @ k.mT + mask).softmax(-1)  # (B, nh, T, S)
             y = F.dropout(weights, dropout) @ v  # (B, nh, T, hs)
         else:  # the same, without ever holding the weights in memory
-            y = F.scaled_dot_product_attention(q, k, v, mask if 1 < T < S else None, dropout, is_causal=1 < T == S)
+            y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=1 < T == S)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))  # (B, nh, T, hs) -> (B, T, C)
 
 
@@ -216,8 +217,7 @@ class Model(nn.Module):
         T, past = idx.size(1), cache.length if cache is not None else 0
         if past + T > self.cfg.block_size:
             raise ValueError(f"{past + T} tokens do not fit block_size {self.cfg.block_size}")
-        position = torch.arange(past, past + T, device=idx.device)
-        x = self.drop(self.wte(idx) + self.wpe(position))  # (B, T, C)
+        x = self.drop(self.wte(idx) + self.wpe(torch.arange(past, past + T, device=idx.device)))  # (B, T, C)
         for layer in range(self.cfg.n_layer):
             block = self.h[layer * len(self.h) // self.cfg.n_layer]  # consecutive layers share it
             x = block(x, cache, layer)

@@ -300,7 +300,8 @@ def run(args):
             if decode == "temperature":
                 options.setdefault("temperature", 0.7)
             streams = n_samples == 1 and decode != "beam" and not fills
-            print(f"--- {decode} ---\n" * (args.decode == "all"), end="")
+            if args.decode == "all":
+                print(f"--- {decode} ---")
             options |= dict(generator=generator, use_cache=not args.no_cache)
             start = time.perf_counter()
             if fills:
@@ -309,13 +310,12 @@ def run(args):
                 options |= dict(eot=eot, callback=printer(tokenizer, prompt) if streams else None)
                 new = generate(model, idx.expand(n_samples, -1), args.max_new_tokens, decode, **options)
                 rows = [ids + (row[: row.index(eot)] if eot in row else row) for row in new.tolist()]
-            seconds = time.perf_counter() - start
             for i, row in enumerate(rows):
                 text = tokenizer.decode([token for token in row if token != eot], errors="replace")
                 print("" if streams else f"[{i + 1}] " * (n_samples > 1) + text, flush=True)
             n = sum(len(row) - len(ids) + ids.count(blank) for row in rows)
             file = sys.stdout if args.decode == "all" else sys.stderr
-            print(f"({n} tokens, {n / seconds:,.1f} tokens/s)\n", file=file, flush=True)
+            print(f"({n} tokens, {n / (time.perf_counter() - start):,.1f} tokens/s)\n", file=file, flush=True)
 
 
 def main(argv=None):

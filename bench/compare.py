@@ -1,7 +1,7 @@
 """Every model file on the same tokens, with as many parameters, each at its own learning rate, three seeds each.
 
     make compare                   4.1M tokens a run; says how long it takes before it starts: two to three hours
-    make compare SCALE=quick       a twelfth of it with one seed, in ten minutes, to see that it works
+    make compare SCALE=quick       a twelfth of it with one seed, in a quarter of an hour, to see that it works
 
 The text is `prepare_data.py python`: the standard library's sources and those of the packages in requirements.txt. Each
 model searches its learning rate in runs of a quarter of the length, until the best one has a worse one on either side.

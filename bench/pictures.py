@@ -10,7 +10,6 @@ shape attends on average.
 
 import json
 import math
-import sys
 
 import numpy as np
 import torch
@@ -18,7 +17,6 @@ from compare import MODELS
 from runs import GREY, ROOT, curve, picture, side_by_side
 from train import shell
 
-sys.path.insert(0, str(ROOT))
 import gpt2
 import progressive
 import sample

@@ -66,9 +66,9 @@ def picture(path, size, draw):
     figure.savefig(ROOT / path, transparent=True, bbox_inches="tight", metadata={"Date": None})
 
 
-def curve(axis, points, name, va="center", **style):
+def curve(axis, points, name, va="center"):
     """Draws a line through points (x, y) with its name at its end; returns its colour."""
-    (line,) = axis.plot(*zip(*points), **style)
+    (line,) = axis.plot(*zip(*points))
     axis.annotate(f" {name}", points[-1], color=line.get_color(), va=va)
     return line.get_color()
 

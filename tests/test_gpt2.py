@@ -61,6 +61,7 @@ def test_initial_weights():
         std = 0.02 / math.sqrt(2 * 3) if "c_proj" in name else 0.02
         exact = p == (0.0 if name.endswith("bias") else 1.0)
         assert exact.all() if p.dim() < 2 else abs(p.std().item() / std - 1) < 0.05, name  # 9 standard errors or more
+        assert p.dim() < 2 or abs(p.mean().item()) < 6 * std / math.sqrt(p.numel()), name
 
 
 @torch.no_grad()

@@ -202,7 +202,7 @@ def drawn(logits, n, top_k=None, top_p=None, temperature=1.0):
 
 
 def test_the_filters_equal_a_loop_over_ids_and_keep_exactly_what_they_should():
-    logits, n = 2 * torch.randn(20, 10, generator=seeded(0)), 2000
+    logits, n = 2 * torch.randn(20, 10, generator=seeded(0)), 10_000
     for values in itertools.product((0.5, 1.0, 2.0), (None, 1, 3, 50), (None, 0.0, 0.3, 0.9, 1.0)):
         filters = dict(zip(("temperature", "top_k", "top_p"), values))
         p, counts = torch.tensor([exact(row, **filters) for row in logits.tolist()]), drawn(logits, n, **filters)

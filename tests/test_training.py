@@ -213,11 +213,11 @@ def test_ctrl_c_finishes_the_step_and_saves(data, tmp_path):
     assert child.exitcode == 130 and "--resume" in log.read_text(encoding="utf-8") and step == len(rows(out)) >= 3
 
 
-def test_a_full_disk_is_one_line_and_the_earlier_checkpoint_stays(data, tmp_path):
+@pytest.mark.parametrize("size", [20_000, 100_000])
+def test_a_full_disk_is_one_line_and_the_earlier_checkpoint_stays(size, data, tmp_path):
     train("gpt2", data, tmp_path / "run", "--max-steps", 2)
     before = (tmp_path / "run" / "ckpt.pt").read_bytes()
-    more = (*argv(data, tmp_path / "run"), "--resume", "--max-steps", 4)
-    child = start("gpt2", *more, log=tmp_path / "log", file_limit=100_000)
+    child = start("gpt2", *argv(data, tmp_path / "run"), "--resume", log=tmp_path / "log", file_limit=size)
     child.join()
     said = (tmp_path / "log").read_text(encoding="utf-8")
     assert child.exitcode == 1 and "disk" in said.splitlines()[-1] and "Traceback" not in said, said
