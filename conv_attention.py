@@ -14,7 +14,7 @@ one vector to four: a ConvTranspose1d with a bias for each of the four. There ar
 
 --ahead 64, the source's objective: row i scores token i + 64. A block of 64 tokens is read whole, and the 64 tokens of
     the next one are predicted at once, independently of each other. Sampling makes 64 tokens per forward pass. The
-    network begins as a bag of words: a row starts with the mean of all that it may see.
+    network begins as a bag of words: a row starts with the mean of all that it may see, logits with token frequencies.
 --ahead 1, next-token prediction as in Hourglass (Nawrot et al. 2022, arXiv 2110.13711): the sequence is shifted right
     by 3 before it is compressed, so that a group of four is complete when its last token is the newest one (section
     2.2), and a skip connection leads around each shortened part (section 2.3, algorithm 1). With a cache the second
@@ -23,8 +23,7 @@ one vector to four: a ConvTranspose1d with a bias for each of the four. There ar
 The source's own expander leaks the targets: it is a Conv1d that takes positions for channels, so every output position
 is a mix of all input positions, later ones too, and of the 1,024 targets of a window 960 are among its inputs. Its
 published loss of 1.42, where GPT-2 has 3.54, is that of copying them. --expander sequence keeps it as an exhibit: on
-i.i.d. tokens over 4 symbols, where no model can predict better than ln 4 = 1.386 nats, 150 steps bring targets inside
-the window to 1.26. The 64 after it, which are all that sampling uses, stay at 1.40: such a loss says nothing.
+i.i.d. tokens over 4 symbols, where no honest loss is below ln 4 = 1.386 nats, it brings those targets to 1.26.
 
 Source: github.com/swortaljuju/lmsmall, "Convolution Attention Model", without its leak.
 
@@ -32,8 +31,7 @@ Source: github.com/swortaljuju/lmsmall, "Convolution Attention Model", without i
     python conv_attention.py --preset demo --ahead 1 --out out/hourglass    the same, next-token prediction
     python conv_attention.py --device cuda                                  the source's size on one GPU
 
-In the diff with gpt2.py: Level, and LevelsCache, whose levels advance at different rates. Attention, MLP and Block are
-the same.
+In the diff with gpt2.py: Level, LevelsCache, whose levels advance at different rates, and how 64 ahead begins.
 """
 
 import argparse
@@ -287,8 +285,7 @@ class Level(nn.Module):
 class Model(nn.Module):
     """Convolution attention. model(idx) -> logits (B, T, V), row i scores token i + ahead; model(idx, targets) -> mean
     cross-entropy in nats, a scalar; model(idx, cache=cache) -> logits (B, ahead, V) for the tokens after idx, which
-    continues what the cache has seen. Raises ValueError for sizes that do not fit each other, and for a text longer
-    than block_size."""
+    continues what the cache has seen. Raises ValueError for sizes that do not fit, or a text longer than block_size."""
 
     likelihood = True  # of the text: the loss has a meaning in bits per byte
 
@@ -308,7 +305,7 @@ class Model(nn.Module):
         self.drop = nn.Dropout(cfg.dropout)
         self.level = Level(cfg)
         self.ln_f = nn.LayerNorm(cfg.n_embd)
-        self.lm_head = nn.Linear(cfg.n_embd, padded, bias=False)
+        self.lm_head = nn.Linear(cfg.n_embd, padded, bias=cfg.ahead == 64)  # see grow
         self.lm_head.weight = self.wte.weight
         for name, p in self.named_parameters():
             if p.dim() == 2:  # residual projections are scaled by 1 / sqrt(2 n_layer): that many are added up
@@ -345,7 +342,7 @@ class Model(nn.Module):
         x = self.level(x, [None] * 4 if cache is None else cache.levels)
         x = self.ln_f(x[:, -(T if cache is None else self.ahead) :])
         if targets is not None:
-            return linear_cross_entropy(x, self.lm_head.weight, targets, self.cfg.vocab_size)
+            return linear_cross_entropy(x, self.lm_head.weight, targets, self.cfg.vocab_size, self.lm_head.bias)
         return self.lm_head(x)[..., : self.cfg.vocab_size]  # (B, T, V)
 
     def new_cache(self, batch_size):
@@ -373,7 +370,11 @@ def learning_rate(step, cfg):
 
 
 def grow(model, optimizer, cfg, step):
-    """Called before each step and after the last; returns True if it changed the network. This network never grows."""
+    """Called before each step and after the last; returns True if it changed the network. This network never grows. But
+    64 ahead its logits begin with the token frequencies of (the first 16M tokens of) the training text."""
+    if step == 0 and cfg.ahead == 64 and not model.lm_head.bias.any():  # not those of --init-from
+        counts = np.bincount(open_data(cfg.data)[2]["train"][: 2**24], minlength=len(model.wte.weight)) + 1.0
+        model.lm_head.bias.data.copy_(torch.from_numpy(np.log(counts / counts.sum())))
     return False
 
 

@@ -55,13 +55,13 @@ class Config:
     n_head: int = 6  # attention heads
     n_embd: int = 192  # width of the residual stream, in channels
     stage: int = 1  # blocks serve 4 layers each in stage 1, 2 in stage 2, 1 in stage 3; training raises it
-    lora_rank: int = 16  # rank of B A, with which attention matrices learn from stage 2 on; 0: W itself is trained
-    lora_alpha: float = 32.0  # B A is scaled by lora_alpha / lora_rank
+    lora_rank: int = 32  # rank of B A, with which attention matrices learn from stage 2 on; 0: W itself is trained
+    lora_alpha: float = 64.0  # B A is scaled by lora_alpha / lora_rank
     dropout: float = 0.0  # probability, at the embedding, attention weights and the output of each sublayer
     # The run.
     data: str = "data/stdlib"  # folder that prepare_data.py wrote
     out: str = "out/progressive"  # folder for ckpt.pt, best.pt and log.csv
-    stages: str = "0.33,0.67"  # when stages 2 and 3 begin, as fractions of max_steps; never, for 1 and above
+    stages: str = "0.05,0.15"  # when stages 2 and 3 begin, as fractions of max_steps; never, for 1 and above
     export: str = ""  # file to write the finished model to, as a checkpoint of gpt2.py
     device: str = "auto"  # cpu, cuda, cuda:1, mps; auto: a CUDA GPU if there is one
     dtype: str = "auto"  # float32 or bfloat16 (autocast); auto: bfloat16 where it is fast
@@ -195,7 +195,7 @@ class Model(nn.Module):
         if cfg.n_layer % 4 or cfg.stage not in (1, 2, 3):
             raise ValueError(f"n_layer {cfg.n_layer} must be a multiple of 4, and stage {cfg.stage} be 1, 2 or 3")
         if not re.fullmatch(r"[\d.]+,[\d.]+", cfg.stages):
-            raise ValueError(f"stages {cfg.stages!r} must be two fractions of the run, like 0.33,0.67")
+            raise ValueError(f"stages {cfg.stages!r} must be two fractions of the run, like 0.05,0.15")
         self.cfg = cfg
         padded = math.ceil(cfg.vocab_size / 64) * 64  # for faster matmuls; padded logits are sliced off
         self.wte = nn.Embedding(padded, cfg.n_embd)

@@ -2,10 +2,10 @@
 
     python bench/pictures.py       leak.svg, recall.svg, switch.svg, triangles.png in results/; half an hour, two cores
 
-leak: four symbols, each drawn by itself. recall: texts that repeat themselves with a period of 2 to 64 tokens; from the
-second time on, the next token is the one that followed the same token one period before. switch: progressive.py and a
-GPT-2 of its final size on the same batches. triangles: what a mixer's layers have learned, and where a GPT-2 of its
-shape attends on average.
+leak: four symbols, each drawn by itself. recall: tokens that were read before, where the place is the same for a whole
+text (it repeats itself), and where it varies (each name is followed by the value that this text gave it). switch:
+progressive.py and a GPT-2 of its final size on the same batches. triangles: what a mixer's layers have learned, and
+where a GPT-2 of its shape attends on average.
 """
 
 import json
@@ -23,7 +23,7 @@ import sample
 
 IID = "--data data/iid --device cpu --block-size 128 --batch-size 16 --micro-batch 16 --n-layer 0,0,0,0,0,0,0 "
 IID += "--max-steps 600 --warmup-steps 50 --eval-interval 600 --log-interval 5 --learning-rate 1e-3"
-RECALL = "--data data/recall --device cpu --block-size 128 --batch-size 32 --micro-batch 32 --max-steps 1000 "
+RECALL = "--device cpu --block-size 128 --batch-size 32 --micro-batch 32 --max-steps 1000 "
 RECALL += "--warmup-steps 100 --eval-interval 1000 --learning-rate 2e-3"
 TEXT = "--device cpu --max-steps 1000 --eval-interval 1000 --log-interval 10 --learning-rate 4e-3"
 RUNS = {
@@ -36,27 +36,45 @@ RUNS = {
     "mixer": f"mixer.py {TEXT} --n-layer 3 --n-embd 128 --block-size 256 --batch-size 8 --micro-batch 8",
 }
 RECALLING = [name for name in MODELS if "64" not in name]  # 64 ahead is no next token
-RUNS |= {f"recall {name}": f"{MODELS[name][0]} {RECALL}" for name in RECALLING}
-PERIODS = [4, 8, 16, 32, 64]
+TASKS = {"repeated": "a text that repeats itself", "paired": "a value that follows its name"}
+RUNS |= {f"{task} {name}": f"{MODELS[name][0]} --data data/{task} {RECALL}" for task in TASKS for name in RECALLING}
+BACK = [4, 8, 16, 32, 64]
 
 
 def folder(name):
     return f"out/pictures/{name.replace(',', '').replace(' ', '-')}"
 
 
-def repeated(rng, periods, length):
-    """Texts (n, length) of 64 symbols that repeat themselves after the given periods (n)."""
-    return np.stack([rng.integers(64, size=period)[np.arange(length) % period] for period in periods])
+def iid(rng, n, length):
+    """Texts (n, length) of 4 symbols, each drawn by itself; and how many tokens back a token was read: 0, nowhere."""
+    return rng.integers(4, size=(n, length)), np.zeros((n, length))
 
 
-def write_tokens(name, vocab_size, draw):
-    """Token files data/NAME of draw(generator, n), about n ids."""
-    path, splits = ROOT / "data" / name, {}
+def repeated(rng, n, length):
+    """Texts of 64 symbols, each with its own period of 2 to 64 tokens."""
+    period, position = rng.integers(2, 65, size=(n, 1)), np.arange(length)
+    tokens = np.take_along_axis(rng.integers(64, size=(n, 64)), position % period, axis=1)
+    return tokens, np.where(position >= period, period, 0)
+
+
+def paired(rng, n, length):
+    """Texts of names (16 symbols), each followed by its value (one of 48 others), which every text chooses anew."""
+    names, values = rng.integers(16, size=(n, length // 2)), rng.integers(16, 64, size=(n, 16))
+    tokens = np.stack([names, np.take_along_axis(values, names, axis=1)], -1).reshape(n, length)
+    back, latest, rows = np.zeros_like(tokens), np.full((n, 16), -length), np.arange(n)
+    for i, name in enumerate(names.T):
+        back[:, 2 * i + 1] = 2 * (i - latest[rows, name])
+        latest[rows, name] = i
+    return tokens, np.where(back < length, back, 0)
+
+
+def write_tokens(draw, vocab_size):
+    """Token files data/NAME of what a function of that name draws."""
+    path, splits = ROOT / "data" / draw.__name__, {}
     path.mkdir(parents=True, exist_ok=True)
-    for split, n in (("train", 2**21), ("val", 2**15)):
-        tokens = draw(np.random.default_rng(n), n).astype("<u2")
-        tokens.tofile(path / f"{split}.bin")
-        splits[split] = {"tokens": tokens.size, "bytes": n, "words": n, "documents": 1, "sha256": ""}
+    for split, n in (("train", 2048), ("val", 32)):
+        draw(np.random.default_rng(n), n, 1024)[0].astype("<u2").tofile(path / f"{split}.bin")
+        splits[split] = dict.fromkeys(("tokens", "bytes", "words"), 1024 * n) | {"documents": 1, "sha256": ""}
     meta = {"vocab_size": vocab_size, "tokenizer": "bytes", "eot": 0, "splits": splits}
     (path / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
 
@@ -98,21 +116,20 @@ def draw_switch(figure, runs):
 
 @torch.no_grad()
 def draw_recall(figure):
-    """Prints and draws the share of repeated tokens that each model names, over the period."""
-    axis = figure.subplots()
-    print("| period |", " | ".join(map(str, PERIODS)), "|\n" + "| --- " * (1 + len(PERIODS)) + "|")
-    for name in RECALLING:
-        model, points = sample.load(ROOT / folder(f"recall {name}") / "ckpt.pt")[0], []
-        for period in PERIODS:
-            rows = torch.from_numpy(repeated(np.random.default_rng(0), [period] * 256, 129))
-            right = model(rows[:, :-1]).argmax(-1) == rows[:, 1:]
-            points.append((period, right[:, period:].float().mean().item()))
-        print(f"| {name} |", " | ".join(f"{share:.0%}" for _, share in points), "|")
-        axis.plot(*zip(*points), marker="o", label=name)
+    """Prints and draws the share of the tokens that can be read earlier in a text which each model names."""
+    for axis, task, draw in zip(figure.subplots(1, 2, sharey=True), TASKS, (repeated, paired)):
+        tokens, back = map(torch.from_numpy, draw(np.random.default_rng(0), 512, 128))
+        print(f"| {task} |", " | ".join(f"{low} to {2 * low - 1}" for low in BACK), "|\n|", "--- |" * (1 + len(BACK)))
+        for name in RECALLING:
+            model = sample.load(ROOT / folder(f"{task} {name}") / "ckpt.pt")[0]
+            right = model(tokens[:, :-1]).argmax(-1) == tokens[:, 1:]
+            share = [right[(low <= back[:, 1:]) & (back[:, 1:] < 2 * low)].float().mean().item() for low in BACK]
+            print(f"| {name} |", " | ".join(f"{x:.0%}" for x in share), "|")
+            axis.plot(BACK, share, marker="o", label=name)
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(BACK, BACK)
+        axis.set(title=TASKS[task], xlabel="tokens back to where it is found", ylabel="share recalled")
     axis.legend(frameon=False, labelcolor="linecolor")
-    axis.set_xscale("log", base=2)
-    axis.set_xticks(PERIODS, PERIODS)
-    axis.set(xlabel="tokens back to the place to copy from", ylabel="share recalled")
 
 
 @torch.no_grad()
@@ -142,8 +159,9 @@ def draw_triangles(figure):
 def main():
     if not (ROOT / "data/stdlib/meta.json").exists():
         shell("prepare_data.py stdlib")
-    write_tokens("iid", 4, lambda rng, n: rng.integers(4, size=n))
-    write_tokens("recall", 64, lambda rng, n: repeated(rng, rng.integers(2, 65, size=n // 1024), 1024))
+    write_tokens(iid, 4)
+    write_tokens(repeated, 64)
+    write_tokens(paired, 64)
     runs = side_by_side(train)
     picture("results/leak.svg", (8, 3.5), lambda figure: draw_leak(figure, runs))
     picture("results/switch.svg", (8, 3.5), lambda figure: draw_switch(figure, runs))
