@@ -44,8 +44,7 @@ def draw(figure, below):
     for name, points in below.items():
         curve(axis, points, name)
     axis.axhline(0, color=GREY)
-    axis.set_xlabel("tokens read, millions")
-    axis.set_ylabel("nats below token frequencies")
+    axis.set(xlabel="tokens read, millions", ylabel="nats below token frequencies")
 
 
 if __name__ == "__main__":

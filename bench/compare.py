@@ -5,8 +5,7 @@
 
 The text is `prepare_data.py python`: the standard library's sources and those of the packages in requirements.txt. Each
 model searches its learning rate in runs of a quarter of the length, until the best one has a worse one on either side.
-Models whose step takes 15% more or less time than gpt2.py's train a second time, for as many seconds as gpt2.py's run;
-64 ahead does not, since it has another task.
+Next-token models whose step takes 15% more or less time than gpt2.py's train once more, for as many seconds as that.
 Steps are timed alone, on one thread; then as many runs as there are cores go on side by side, a thread each. Bits per
 byte are of all of val. An interrupted comparison resumes. Writes results/compare.md and results/compare.svg.
 """
@@ -117,8 +116,7 @@ def main(scale):
             values = [[row["val_bits_per_byte"] for row in same] for same in zip(*rows)]  # of all seeds, at each x
             color = curve(axis, [*zip(x, map(statistics.mean, values))], name)
             axis.fill_between(x, [*map(min, values)], [*map(max, values)], color=color, alpha=0.25, lw=0)
-        axis.set_xlabel("tokens read, millions")
-        axis.set_ylabel("validation bits per byte")
+        axis.set(xlabel="tokens read, millions", ylabel="validation bits per byte")
 
     picture(f"{where}/compare.svg", (9, 4.5), draw)
     print("\n".join(table))

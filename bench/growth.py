@@ -41,19 +41,17 @@ def draw(figure, rows):
         for name in rows:
             curve(axis, [(row[0], row[i]) for row in rows[name]], name)
         axis.set_xscale("log", base=2)
-        axis.set_yscale("log")
         axis.set_xticks(CONTEXTS, map("{:,}".format, CONTEXTS))
-        axis.set_title(title)
+        axis.set(yscale="log", title=title)
     figure.subplots_adjust(hspace=0.35, wspace=0.5)
 
 
 if __name__ == "__main__":
-    rows = {name: [] for name in MODELS if "64" not in name}
+    rows, models = {}, {name: options for name, (options, _) in MODELS.items() if "64" not in name}
     steps = [f"--vocab-size 4096 --block-size {context} --batch-size {4096 // context}" for context in CONTEXTS]
-    trained = {name: race([f"{MODELS[name][0]} {step}" for step in steps], turns=3, steps=1) for name in rows}
-    for name in rows:
-        for context, (speed, held) in zip(CONTEXTS, trained[name]):
-            rows[name].append((context, speed, held / 1e6, *decoding(MODELS[name][0], context)))
+    for name, model in models.items():
+        trained = zip(CONTEXTS, race([f"{model} {step}" for step in steps], turns=3, steps=1))
+        rows[name] = [(n, speed, held / 1e6, *decoding(model, n)) for n, (speed, held) in trained]
     print(machine())
     for title, cell in CELLS.items():
         print(f"\n{title}\n\n| context |", " | ".join(map("{:,}".format, CONTEXTS)), "|\n" + "| --- " * 7 + "|")

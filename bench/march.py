@@ -70,9 +70,8 @@ if __name__ == "__main__":
                      f"| {mean:.3f} ± {its_error:.3f} | {change} | {theirs} |")  # fmt: skip
     table += [
         f"\nStandard deviation of one run, pooled over all variants: {spread:.3f}; standard error of a change: "
-        f"{error:.3f}. A change below two of them says nothing.",
-        f"\nEach: `python scratch_former.py {COMMON}` and these options, `--learning-rate`, `--seed` "
-        f"{', '.join(map(str, SEEDS))}.",
+        f"{error:.3f}. A change below two of them says nothing. The runs are `python scratch_former.py {COMMON}` "
+        f"with these options, `--learning-rate`, and `--seed` {', '.join(map(str, SEEDS))}.",
     ]
     (ROOT / "results/march.md").write_text("\n".join(table) + "\n", encoding="utf-8")
     print("\n".join(table))

@@ -3,9 +3,8 @@
     python bench/pictures.py       leak.svg, recall.svg, switch.svg, triangles.png in results/; half an hour, two cores
 
 leak: four symbols, each drawn by itself. recall: tokens that were read before, where the place is the same for a whole
-text (it repeats itself), and where it varies (each name is followed by the value that this text gave it). switch:
-progressive.py and a GPT-2 of its final size on the same batches. triangles: what a mixer's layers have learned, and
-where a GPT-2 of its shape attends on average.
+text (it repeats itself), and where it varies (a name has one value in a text). switch: progressive.py and a GPT-2 of
+its final size. triangles: what a mixer's layers have learned, and where a GPT-2 of its shape attends on average.
 """
 
 import json
@@ -36,41 +35,33 @@ RUNS = {
     "mixer": f"mixer.py {TEXT} --n-layer 3 --n-embd 128 --block-size 256 --batch-size 8 --micro-batch 8",
 }
 RECALLING = [name for name in MODELS if "64" not in name]  # 64 ahead is no next token
-TASKS = {"repeated": "a text that repeats itself", "paired": "a value that follows its name"}
+TASKS = {"repeated": "a text that repeats itself", "named": "a value that follows its name"}
 RUNS |= {f"{task} {name}": f"{MODELS[name][0]} --data data/{task} {RECALL}" for task in TASKS for name in RECALLING}
 BACK = [4, 8, 16, 32, 64]
 
 
-def folder(name):
-    return f"out/pictures/{name.replace(',', '').replace(' ', '-')}"
-
-
-def iid(rng, n, length):
-    """Texts (n, length) of 4 symbols, each drawn by itself; and how many tokens back a token was read: 0, nowhere."""
-    return rng.integers(4, size=(n, length)), np.zeros((n, length))
-
-
 def repeated(rng, n, length):
-    """Texts of 64 symbols, each with its own period of 2 to 64 tokens."""
+    """Texts (n, length) of 64 symbols, each with its own period of 2 to 64 tokens; and how far back each token was read
+    before, in tokens: 0, nowhere."""
     period, position = rng.integers(2, 65, size=(n, 1)), np.arange(length)
     tokens = np.take_along_axis(rng.integers(64, size=(n, 64)), position % period, axis=1)
     return tokens, np.where(position >= period, period, 0)
 
 
-def paired(rng, n, length):
-    """Texts of names (16 symbols), each followed by its value (one of 48 others), which every text chooses anew."""
-    names, values = rng.integers(16, size=(n, length // 2)), rng.integers(16, 64, size=(n, 16))
-    tokens = np.stack([names, np.take_along_axis(values, names, axis=1)], -1).reshape(n, length)
-    back, latest, rows = np.zeros_like(tokens), np.full((n, 16), -length), np.arange(n)
+def named(rng, n, length):
+    """Texts in which each of 32 names is followed by its value, one of 8 that the name has, which every text draws."""
+    names, values = rng.integers(32, size=(n, length // 2)), rng.integers(8, size=(n, 32))
+    values = 32 + 8 * names + np.take_along_axis(values, names, axis=1)
+    back, latest = np.zeros((n, length), dtype=int), np.full((n, 32), -length)
     for i, name in enumerate(names.T):
-        back[:, 2 * i + 1] = 2 * (i - latest[rows, name])
-        latest[rows, name] = i
-    return tokens, np.where(back < length, back, 0)
+        back[:, 2 * i + 1] = 2 * (i - latest[range(n), name])
+        latest[range(n), name] = i
+    return np.stack([names, values], -1).reshape(n, length), np.where(back < length, back, 0)
 
 
-def write_tokens(draw, vocab_size):
-    """Token files data/NAME of what a function of that name draws."""
-    path, splits = ROOT / "data" / draw.__name__, {}
+def write_tokens(name, vocab_size, draw):
+    """Token files data/NAME of texts that draw(generator, number, length) gives first."""
+    path, splits = ROOT / "data" / name, {}
     path.mkdir(parents=True, exist_ok=True)
     for split, n in (("train", 2048), ("val", 32)):
         draw(np.random.default_rng(n), n, 1024)[0].astype("<u2").tofile(path / f"{split}.bin")
@@ -81,7 +72,7 @@ def write_tokens(draw, vocab_size):
 
 def train(submit):
     """The log of each run."""
-    started = {name: submit(command, folder(name)) for name, command in RUNS.items()}
+    started = {name: submit(command, f"out/pictures/{name}") for name, command in RUNS.items()}
     return {name: run.result()[1] for name, run in started.items()}
 
 
@@ -90,8 +81,7 @@ def lines(figure, runs, names):
     axis = figure.subplots()
     for name, va in zip(names, ("top", "bottom", "center")):  # the first two end close to each other
         curve(axis, [(row["step"], row["train_loss"]) for row in runs[name]], name, va)
-    axis.set_xlabel("optimizer steps")
-    axis.set_ylabel("training loss, nats per token")
+    axis.set(xlabel="optimizer steps", ylabel="training loss, nats per token")
     return axis
 
 
@@ -117,11 +107,11 @@ def draw_switch(figure, runs):
 @torch.no_grad()
 def draw_recall(figure):
     """Prints and draws the share of the tokens that can be read earlier in a text which each model names."""
-    for axis, task, draw in zip(figure.subplots(1, 2, sharey=True), TASKS, (repeated, paired)):
+    for axis, task, draw in zip(figure.subplots(1, 2, sharey=True), TASKS, (repeated, named)):
         tokens, back = map(torch.from_numpy, draw(np.random.default_rng(0), 512, 128))
         print(f"| {task} |", " | ".join(f"{low} to {2 * low - 1}" for low in BACK), "|\n|", "--- |" * (1 + len(BACK)))
         for name in RECALLING:
-            model = sample.load(ROOT / folder(f"{task} {name}") / "ckpt.pt")[0]
+            model = sample.load(ROOT / f"out/pictures/{task} {name}/ckpt.pt")[0]
             right = model(tokens[:, :-1]).argmax(-1) == tokens[:, 1:]
             share = [right[(low <= back[:, 1:]) & (back[:, 1:] < 2 * low)].float().mean().item() for low in BACK]
             print(f"| {name} |", " | ".join(f"{x:.0%}" for x in share), "|")
@@ -135,7 +125,7 @@ def draw_recall(figure):
 @torch.no_grad()
 def draw_triangles(figure):
     """Row t: the weights of positions 0 to t. Attention is the mean over heads and 64 texts of val.bin."""
-    mixer, model = (sample.load(ROOT / folder(name) / "ckpt.pt")[0] for name in ("mixer", "gpt2, 3 blocks"))
+    mixer, model = (sample.load(ROOT / f"out/pictures/{name}/ckpt.pt")[0] for name in ("mixer", "gpt2, 3 blocks"))
     attention = []
 
     def attend(layer, x, qkv):  # from what a block's Linear layer for queries, keys and values returns
@@ -159,9 +149,9 @@ def draw_triangles(figure):
 def main():
     if not (ROOT / "data/stdlib/meta.json").exists():
         shell("prepare_data.py stdlib")
-    write_tokens(iid, 4)
-    write_tokens(repeated, 64)
-    write_tokens(paired, 64)
+    write_tokens("iid", 4, lambda rng, *size: [rng.integers(4, size=size)])
+    write_tokens("repeated", 64, repeated)
+    write_tokens("named", 288, named)
     runs = side_by_side(train)
     picture("results/leak.svg", (8, 3.5), lambda figure: draw_leak(figure, runs))
     picture("results/switch.svg", (8, 3.5), lambda figure: draw_switch(figure, runs))
