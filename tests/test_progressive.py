@@ -21,7 +21,7 @@ each_rank = pytest.mark.parametrize("rank", [4, 0])
 
 def tiny(stage=1, rank=4, **kwargs):
     size = {"n_layer": 8, "n_embd": 24, "n_head": 2, "block_size": 16}
-    return small("progressive", stage=stage, lora_rank=rank, lora_alpha=6.0, **size, **kwargs)
+    return small("progressive", stage=stage, lora_rank=rank, lora_alpha=6.0, stages="0.3,0.7", **size, **kwargs)
 
 
 def origin(name, n):
@@ -122,7 +122,7 @@ def test_an_export_is_a_gpt2_checkpoint_of_the_same_function(stage, rank, data, 
 # --- runs of 6 steps, with switches before steps 2 and 4
 
 SMALL = "--n-layer 4 --n-embd 24 --n-head 2 --block-size 32 --lora-rank 4 --lora-alpha 8 --micro-batch 4".split()
-SMALL += "--max-steps 6 --learning-rate 1e-2 --eval-interval 1 --eval-tokens 9999".split()
+SMALL += "--stages 0.33,0.67 --max-steps 6 --learning-rate 1e-2 --eval-interval 1 --eval-tokens 9999".split()
 SWITCH = r"step (\d): from (\d) to (\d) blocks, (.+) parameters, (.+) of them trained, evaluation loss (.+) -> (.+)"
 
 
