@@ -116,7 +116,7 @@ def main(scale):
             values = [[row["val_bits_per_byte"] for row in same] for same in zip(*rows)]  # of all seeds, at each x
             color = curve(axis, [*zip(x, map(statistics.mean, values))], name)
             axis.fill_between(x, [*map(min, values)], [*map(max, values)], color=color, alpha=0.25, lw=0)
-        axis.set(xlabel="tokens read, millions", ylabel="validation bits per byte")
+        axis.set(xlabel="tokens read, millions", ylabel="validation bits per byte", ylim=(None, 3))
 
     picture(f"{where}/compare.svg", (9, 4.5), draw)
     print("\n".join(table))

@@ -49,18 +49,15 @@ def build(device):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", help="(default: %(default)s)")
-    parser.add_argument("--turns", type=int, default=5, help="turns that count (default: %(default)s)")
-    parser.add_argument("--tokens", type=int, default=128, help="new tokens of a turn at most (default: %(default)s)")
     args = parser.parse_args()
-    auto = gpt2.choose_device(args.device, "auto")[1]
-    print(f"{machine(args.device)}, transformers {transformers.__version__}; --dtype auto is {auto}")
+    print(f"{machine(args.device)}, transformers {transformers.__version__}", gpt2.choose_device(args.device, "auto"))
     models = build(args.device)
     for name, (n_new, batch, scale, for_them, for_us) in SETTINGS.items():
         idx = torch.randint(50257, (1, 16), device=args.device).repeat(batch, 1)
-        speeds, n_new = {who: [] for who in models}, min(n_new, args.tokens)
+        speeds = {who: [] for who in models}
         for model in models.values():
             getattr(model, "transformer", model).ln_f.weight.data.fill_(scale)
-        for _ in range(args.turns + 1):
+        for _ in range(6):
             for who, model in models.items():
                 start = time.perf_counter()
                 if isinstance(model, gpt2.Model):

@@ -79,8 +79,8 @@ def train(submit):
 def lines(figure, runs, names):
     """Training losses over steps."""
     axis = figure.subplots()
-    for name, va in zip(names, ("top", "bottom", "center")):  # the first two end close to each other
-        curve(axis, [(row["step"], row["train_loss"]) for row in runs[name]], name, va)
+    for name in names:
+        curve(axis, [(row["step"], row["train_loss"]) for row in runs[name]], name)
     axis.set(xlabel="optimizer steps", ylabel="training loss, nats per token")
     return axis
 
@@ -100,8 +100,8 @@ def draw_switch(figure, runs):
         axis.axvline(step, color=GREY, ls="--")
         axis.annotate(f" {blocks} blocks", (step, 6.8), color=GREY)
     axis.set_ylim(4, 7)
-    axis.annotate("", (step, loss + 3.19 - 1.92), (step, loss), arrowprops={"arrowstyle": "->", "color": "#d2691e"})
-    axis.annotate(" the source's jump here, 1.92 to 3.19", (step, loss + 1), color="#d2691e")
+    arrow = {"color": "#d2691e", "arrowprops": {"arrowstyle": "<-", "color": "#d2691e"}, "ha": "center"}
+    axis.annotate("the source's jump, 1.92 to 3.19", (step, loss), (step, loss + 3.19 - 1.92), **arrow)
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ python bench/runs.py out/gpt2 out/mixer      (make plot RUNS="out/gpt2 out/mixer
 """
 
 import csv
+import math
 import os
 import shlex
 import statistics
@@ -63,13 +64,17 @@ def picture(path, size, draw):
     for axis in figure.axes:
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(color=GREY, alpha=0.25)
+        names, free = [text for text in axis.texts if text.get_gid() == "name"], -math.inf
+        for text in sorted(names, key=lambda text: text.xy[1]):  # names of lines that end together move up
+            y = axis.transData.transform(text.xy)[1] * 72 / figure.dpi  # in points
+            text.xyann, free = (4, max(0, free - y)), max(y, free) + 13
     figure.savefig(ROOT / path, transparent=True, bbox_inches="tight", metadata={"Date": None})
 
 
-def curve(axis, points, name, va="center"):
+def curve(axis, points, name):
     """Draws a line through points (x, y) with its name at its end; returns its colour."""
     (line,) = axis.plot(*zip(*points))
-    axis.annotate(f" {name}", points[-1], color=line.get_color(), va=va)
+    axis.annotate(name, points[-1], (4, 0), "data", "offset points", color=line.get_color(), va="center", gid="name")
     return line.get_color()
 
 
@@ -77,7 +82,8 @@ def plot(folders):
     """Validation loss over tokens and over time, from the log.csv of each folder."""
 
     def draw(figure):
-        for axis, (column, unit, label) in zip(figure.subplots(1, 2, sharey=True), UNITS):
+        units = ("tokens", 1e6, "tokens, millions"), ("seconds", 60, "minutes of training")
+        for axis, (column, unit, label) in zip(figure.subplots(1, 2, sharey=True), units):
             for folder in folders:
                 curve(axis, [(row[column] / unit, row["val_loss"]) for row in log(folder) if row["val_loss"]], folder)
             axis.set_xlabel(label)
@@ -85,8 +91,6 @@ def plot(folders):
 
     picture("out/plot.svg", (11, 4), draw)
 
-
-UNITS = ("tokens", 1e6, "tokens, millions"), ("seconds", 60, "minutes of training")
 
 if __name__ == "__main__":
     plot(sys.argv[1:])

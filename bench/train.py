@@ -118,7 +118,6 @@ if __name__ == "__main__":
     parser.add_argument("command", nargs="*", help="a model file with options; the last is ours")
     parser.add_argument("--nanogpt", help="a clone of nanoGPT")
     parser.add_argument("--device", default="cpu", help="(default: %(default)s)")
-    parser.add_argument("--turns", type=int, default=9, help="turns of each that count (default: %(default)s)")
     args = parser.parse_args()
     races = [args.command] if args.command else [[f"{file} --vocab-size 4096" for file in pair] for pair in PAIRS]
     for shape in SHAPES if args.nanogpt else []:
@@ -127,4 +126,4 @@ if __name__ == "__main__":
         races.append([f"{peer} --compile --dtype float32", f"{peer} --compile --dtype bfloat16", f"{ours} --compile"])
     print(machine(args.device))
     for commands in races:
-        race([f"{command} --device {args.device}" for command in commands], args.turns, steps=2)
+        race([f"{command} --device {args.device}" for command in commands], turns=9, steps=2)
