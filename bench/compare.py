@@ -63,7 +63,7 @@ def compare(submit, steps, seeds, seconds):
             more = best / 2 if best == min(runs) else best * 2
             runs[more] = start(name, short, more, seeds[0])
         ratio = seconds["gpt2"] / seconds[name]
-        timed = None if 1 / 1.15 < ratio < 1.15 or "64" in name else round(ratio * steps)
+        timed = round(ratio * steps) if ratio > 1.15 and "64" not in name else None
         equal = [[start(name, n, best, seed) for seed in seeds] if n else [] for n in (steps, timed)]
         found[name] = sorted(runs), best, equal[0], timed, equal[1]
     for name, (rates, best, runs, timed, others) in found.items():

@@ -22,7 +22,7 @@ import sample
 
 IID = "--data data/iid --device cpu --block-size 128 --batch-size 16 --micro-batch 16 --n-layer 0,0,0,0,0,0,0 "
 IID += "--max-steps 600 --warmup-steps 50 --eval-interval 600 --log-interval 5 --learning-rate 1e-3"
-RECALL = "--device cpu --block-size 128 --batch-size 32 --micro-batch 32 --max-steps 1000 "
+RECALL = "--device cpu --block-size 128 --batch-size 16 --micro-batch 16 --max-steps 1000 "
 RECALL += "--warmup-steps 100 --eval-interval 1000 --learning-rate 2e-3"
 TEXT = "--device cpu --max-steps 1000 --eval-interval 1000 --log-interval 10 --learning-rate 4e-3"
 RUNS = {
