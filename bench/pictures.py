@@ -2,9 +2,9 @@
 
     python bench/pictures.py       leak.svg, recall.svg, switch.svg, triangles.png in results/; half an hour, two cores
 
-leak: four symbols, each drawn by itself. recall: tokens that were read before, where the place is the same for a whole
-text (it repeats itself), and where it varies (a name has one value in a text). switch: progressive.py and a GPT-2 of
-its final size. triangles: what a mixer's layers have learned, and where a GPT-2 of its shape attends on average.
+leak: four symbols, each drawn by itself. recall: names with a value that each text draws anew, so that what to copy and
+from where depends on the text. switch: progressive.py and a GPT-2 of its final size. triangles: what a mixer's layers
+have learned, and where a GPT-2 of its shape attends on average.
 """
 
 import json
@@ -22,7 +22,7 @@ import sample
 
 IID = "--data data/iid --device cpu --block-size 128 --batch-size 16 --micro-batch 16 --n-layer 0,0,0,0,0,0,0 "
 IID += "--max-steps 600 --warmup-steps 50 --eval-interval 600 --log-interval 5 --learning-rate 1e-3"
-RECALL = "--device cpu --block-size 128 --batch-size 16 --micro-batch 16 --max-steps 1000 "
+RECALL = "--device cpu --block-size 128 --batch-size 32 --micro-batch 32 --max-steps 1000 "
 RECALL += "--warmup-steps 100 --eval-interval 1000 --learning-rate 2e-3"
 TEXT = "--device cpu --max-steps 1000 --eval-interval 1000 --log-interval 10 --learning-rate 4e-3"
 RUNS = {
@@ -35,21 +35,13 @@ RUNS = {
     "mixer": f"mixer.py {TEXT} --n-layer 3 --n-embd 128 --block-size 256 --batch-size 8 --micro-batch 8",
 }
 RECALLING = [name for name in MODELS if "64" not in name]  # 64 ahead is no next token
-TASKS = {"repeated": "a text that repeats itself", "named": "a value that follows its name"}
-RUNS |= {f"{task} {name}": f"{MODELS[name][0]} --data data/{task} {RECALL}" for task in TASKS for name in RECALLING}
+RUNS |= {f"named {name}": f"{MODELS[name][0]} --data data/named {RECALL}" for name in RECALLING}
 BACK = [4, 8, 16, 32, 64]
 
 
-def repeated(rng, n, length):
-    """Texts (n, length) of 64 symbols, each with its own period of 2 to 64 tokens; and how far back each token was read
-    before, in tokens: 0, nowhere."""
-    period, position = rng.integers(2, 65, size=(n, 1)), np.arange(length)
-    tokens = np.take_along_axis(rng.integers(64, size=(n, 64)), position % period, axis=1)
-    return tokens, np.where(position >= period, period, 0)
-
-
 def named(rng, n, length):
-    """Texts in which each of 32 names is followed by its value, one of 8 that the name has, which every text draws."""
+    """Texts (n, length) of 32 names, each followed by one of its 8 values, the same in a text; and how far back each
+    token was read before, in tokens: 0, nowhere."""
     names, values = rng.integers(32, size=(n, length // 2)), rng.integers(8, size=(n, 32))
     values = 32 + 8 * names + np.take_along_axis(values, names, axis=1)
     back, latest = np.zeros((n, length), dtype=int), np.full((n, 32), -length)
@@ -106,20 +98,18 @@ def draw_switch(figure, runs):
 
 @torch.no_grad()
 def draw_recall(figure):
-    """Prints and draws the share of the tokens that can be read earlier in a text which each model names."""
-    for axis, task, draw in zip(figure.subplots(1, 2, sharey=True), TASKS, (repeated, named)):
-        tokens, back = map(torch.from_numpy, draw(np.random.default_rng(0), 512, 128))
-        print(f"| {task} |", " | ".join(f"{low} to {2 * low - 1}" for low in BACK), "|\n|", "--- |" * (1 + len(BACK)))
-        for name in RECALLING:
-            model = sample.load(ROOT / f"out/pictures/{task} {name}/ckpt.pt")[0]
-            right = model(tokens[:, :-1]).argmax(-1) == tokens[:, 1:]
-            share = [right[(low <= back[:, 1:]) & (back[:, 1:] < 2 * low)].float().mean().item() for low in BACK]
-            print(f"| {name} |", " | ".join(f"{x:.0%}" for x in share), "|")
-            axis.plot(BACK, share, marker="o", label=name)
-        axis.set_xscale("log", base=2)
-        axis.set_xticks(BACK, BACK)
-        axis.set(title=TASKS[task], xlabel="tokens back to where it is found", ylabel="share recalled")
-    axis.legend(frameon=False, labelcolor="linecolor")
+    """Prints and draws the share of values read before that each model names."""
+    axis, (tokens, back) = figure.subplots(), map(torch.from_numpy, named(np.random.default_rng(0), 512, 128))
+    print("| tokens back |", " | ".join(f"{n} to {2 * n - 1}" for n in BACK), "|\n" + "| --- " * 6 + "|")
+    for name in RECALLING:
+        right = sample.load(ROOT / f"out/pictures/named {name}/ckpt.pt")[0](tokens[:, :-1]).argmax(-1) == tokens[:, 1:]
+        share = [right[(n <= back[:, 1:]) & (back[:, 1:] < 2 * n)].float().mean().item() for n in BACK]
+        print(f"| {name} |", " | ".join(f"{x:.0%}" for x in share), "|")
+        curve(axis, [*zip(BACK, share)], name)
+    axis.axhline(1 / 8, color=GREY, ls="--")
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(BACK, BACK)
+    axis.set(xlabel="tokens back to where the value was read", ylabel="share named", ylim=(0, 1))
 
 
 @torch.no_grad()
@@ -150,7 +140,6 @@ def main():
     if not (ROOT / "data/stdlib/meta.json").exists():
         shell("prepare_data.py stdlib")
     write_tokens("iid", 4, lambda rng, *size: [rng.integers(4, size=size)])
-    write_tokens("repeated", 64, repeated)
     write_tokens("named", 288, named)
     runs = side_by_side(train)
     picture("results/leak.svg", (8, 3.5), lambda figure: draw_leak(figure, runs))
