@@ -17,7 +17,6 @@ from runs import GREY, ROOT, curve, picture, side_by_side
 from train import shell
 
 import gpt2
-import progressive
 import sample
 
 IID = "--data data/iid --device cpu --block-size 128 --batch-size 16 --micro-batch 16 --n-layer 0,0,0,0,0,0,0 "
@@ -25,12 +24,13 @@ IID += "--max-steps 600 --warmup-steps 50 --eval-interval 600 --log-interval 5 -
 RECALL = "--device cpu --block-size 128 --batch-size 32 --micro-batch 32 --max-steps 1000 "
 RECALL += "--warmup-steps 100 --eval-interval 1000 --learning-rate 2e-3"
 TEXT = "--device cpu --max-steps 1000 --eval-interval 1000 --log-interval 10 --learning-rate 4e-3"
+LATE = "--stages 0.33,0.67 --lora-rank 16 --lora-alpha 32"  # later than the default: easier to see
 RUNS = {
     "ours, 64 ahead": f"conv_attention.py {IID}",
     "ours, 1 ahead": f"conv_attention.py {IID} --ahead 1",
     "the source's expander": f"conv_attention.py {IID} --expander sequence",
     "gpt2, 12 blocks": f"gpt2.py {TEXT} --n-layer 12 --n-head 4 --n-embd 72",
-    "progressive": f"progressive.py {TEXT} --n-layer 12 --n-head 4 --n-embd 72",
+    "progressive": f"progressive.py {TEXT} --n-layer 12 --n-head 4 --n-embd 72 {LATE}",
     "gpt2, 3 blocks": f"gpt2.py {TEXT} --n-layer 3 --n-head 4 --n-embd 128",
     "mixer": f"mixer.py {TEXT} --n-layer 3 --n-embd 128 --block-size 256 --batch-size 8 --micro-batch 8",
 }
@@ -86,7 +86,7 @@ def draw_leak(figure, runs):
 
 def draw_switch(figure, runs):
     axis, rows = lines(figure, runs, ["gpt2, 12 blocks", "progressive"]), runs["progressive"]
-    for share, blocks in zip(progressive.Config.stages.split(","), (6, 12)):
+    for share, blocks in zip(("0.33", "0.67"), (6, 12)):
         step = float(share) * rows[-1]["step"]
         loss = next(row["train_loss"] for row in rows if row["step"] >= step)
         axis.axvline(step, color=GREY, ls="--")
