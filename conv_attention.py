@@ -371,8 +371,8 @@ def learning_rate(step, cfg):
 
 def grow(model, optimizer, cfg, step):
     """Called before each step and after the last; returns True if it changed the network. This network never grows. But
-    64 ahead its logits begin with the token frequencies of (the first 16M tokens of) the training text."""
-    if step == 0 and cfg.ahead == 64 and not model.lm_head.bias.any():  # not those of --init-from
+    64 ahead its logits get the token frequencies of the training text, after a first step whose loss is still ln V."""
+    if step == 1 and cfg.ahead == 64 and model.lm_head.bias.abs().max() < 1:  # not those of --init-from
         counts = np.bincount(open_data(cfg.data)[2]["train"][: 2**24], minlength=len(model.wte.weight)) + 1.0
         model.lm_head.bias.data.copy_(torch.from_numpy(np.log(counts / counts.sum())))
     return False
