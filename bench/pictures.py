@@ -109,7 +109,7 @@ def draw_recall(figure):
     axis.axhline(1 / 8, color=GREY, ls="--")
     axis.set_xscale("log", base=2)
     axis.set_xticks(BACK, BACK)
-    axis.set(xlabel="tokens back to where the value was read", ylabel="share named", ylim=(0, 1))
+    axis.set(xlabel="tokens back to where the value was read", ylabel="share named", ylim=(0, 1.05))
 
 
 @torch.no_grad()
