@@ -374,7 +374,7 @@ def grow(model, optimizer, cfg, step):
     64 ahead its logits get the token frequencies of the training text, after a first step whose loss is still ln V."""
     if step == 1 and cfg.ahead == 64 and model.lm_head.bias.abs().max() < 1:  # not those of --init-from
         counts = np.bincount(open_data(cfg.data)[2]["train"][: 2**24], minlength=len(model.wte.weight)) + 1.0
-        model.lm_head.bias.data.copy_(torch.from_numpy(np.log(counts / counts.sum())))
+        model.lm_head.bias.data.copy_(torch.from_numpy(np.log(counts / counts.sum())))  # of 16M tokens at most
     return False
 
 

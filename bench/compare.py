@@ -1,11 +1,11 @@
 """Every model file on the same tokens, with as many parameters, each at its own learning rate, three seeds each.
 
-    make compare                   4.1M tokens a run; says how long it takes before it starts: two to three hours
+    make compare                   4.1M tokens a run; says how long it takes before it starts: about two hours
     make compare SCALE=quick       a twelfth of it with one seed, in a quarter of an hour, to see that it works
 
 The text is `prepare_data.py python`: the standard library's sources and those of the packages in requirements.txt. Each
 model searches its learning rate in runs of a quarter of the length, until the best one has a worse one on either side.
-Next-token models whose step takes 15% more or less time than gpt2.py's train once more, for as many seconds as that.
+Next-token models whose steps are 15% faster than gpt2.py's train once more, for as many seconds as gpt2.py's run takes.
 Steps are timed alone, on one thread; then as many runs as there are cores go on side by side, a thread each. Bits per
 byte are of all of val. An interrupted comparison resumes. Writes results/compare.md and results/compare.svg.
 """
@@ -89,7 +89,7 @@ def main(scale):
     seconds = step_seconds()
     evaluation, slower = 20, 1.1  # seconds for all of val; how much longer a step takes while other runs go on
     work = [(0.75 + len(seeds)) * steps * slower * s + (3 + len(seeds)) * evaluation for s in seconds.values()]
-    work += [len(seeds) * (steps * slower * seconds["gpt2"] + evaluation)] * 4  # at equal time
+    work += [len(seeds) * (steps * slower * seconds["gpt2"] + evaluation)] * 3  # at equal time
     print(f"About {sum(work) / os.cpu_count() / 60:.0f} minutes.", flush=True)
     found = side_by_side(lambda submit: compare(submit, steps, seeds, seconds))
 
