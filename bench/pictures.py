@@ -86,8 +86,8 @@ def draw_leak(figure, runs):
 
 def draw_switch(figure, runs):
     axis, rows = lines(figure, runs, ["gpt2, 12 blocks", "progressive"]), runs["progressive"]
-    for share, blocks in zip(("0.33", "0.67"), (6, 12)):
-        step = float(share) * rows[-1]["step"]
+    for share, blocks in zip((0.33, 0.67), (6, 12)):  # as in LATE
+        step = share * rows[-1]["step"]
         loss = next(row["train_loss"] for row in rows if row["step"] >= step)
         axis.axvline(step, color=GREY, ls="--")
         axis.annotate(f" {blocks} blocks", (step, 6.8), color=GREY)
