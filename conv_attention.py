@@ -13,25 +13,22 @@
 one vector to four: a ConvTranspose1d with a bias for each of the four. There are two ways to train this:
 
 --ahead 64, the source's objective: row i scores token i + 64. A block of 64 tokens is read whole, and the 64 tokens of
-    the next one are predicted at once, independently of each other. Sampling makes 64 tokens per forward pass. The
-    network begins as a bag of words: a row starts with the mean of all that it may see, logits with token frequencies.
---ahead 1, next-token prediction as in Hourglass (Nawrot et al. 2022, arXiv 2110.13711): the sequence is shifted right
-    by 3 before it is compressed, so that a group of four is complete when its last token is the newest one (section
-    2.2), and a skip connection leads around each shortened part (section 2.3, algorithm 1). With a cache the second
-    level is computed at every 4th token only, the third at every 16th, the deepest at every 64th.
+    the next one are predicted at once, independently of each other. Sampling makes 64 tokens per forward pass. What the
+    text says that far ahead is mostly which words it uses, so the output may copy them from the text (see Pointer).
+--ahead 1, next-token prediction as in Hourglass (Nawrot et al. 2022, arXiv 2110.13711, sections 2.2 and 2.3): the
+    sequence is shifted right by 3 before it is compressed, so that a group of four is complete with its newest token,
+    and a skip connection leads around each shortened part. With a cache, levels advance every 1, 4, 16 and 64 tokens.
 
-The source's own expander leaks the targets: it is a Conv1d that takes positions for channels, so every output position
-is a mix of all input positions, later ones too, and of the 1,024 targets of a window 960 are among its inputs. Its
+Source: github.com/swortaljuju/lmsmall, "Convolution Attention Model". Its own expander leaks the targets: a Conv1d that
+takes positions for channels, so every output sees all inputs, among them 960 of the 1,024 targets of a window. The
 published loss of 1.42, where GPT-2 has 3.54, is that of copying them. --expander sequence keeps it as an exhibit: on
 i.i.d. tokens over 4 symbols, where no honest loss is below ln 4 = 1.386 nats, it brings those targets to 1.26.
-
-Source: github.com/swortaljuju/lmsmall, "Convolution Attention Model", without its leak.
 
     python conv_attention.py --preset demo                                  four minutes on a laptop's CPU
     python conv_attention.py --preset demo --ahead 1 --out out/hourglass    the same, next-token prediction
     python conv_attention.py --device cuda                                  the source's size on one GPU
 
-In the diff with gpt2.py: Level, LevelsCache, whose levels advance at different rates, and how 64 ahead begins.
+In the diff with gpt2.py: Level, LevelsCache, whose levels advance at different rates, and Pointer.
 """
 
 import argparse
@@ -124,21 +121,17 @@ class LevelsCache:
     `newest` 3 vectors, which the next group begins with, and those `expanded` for positions that are still to come."""
 
     def __init__(self, model, batch_size, like):
-        self.ahead, self.expander = model.ahead, model.cfg.expander
+        self.ahead, self.expander, self.length = model.ahead, model.cfg.expander, 0
         self.text = torch.zeros(batch_size, 0, dtype=torch.long, device=like.device)
         self.levels = []
         for cfg in (module.cfg for module in model.modules() if isinstance(module, Level)):
             self.levels.append(Cache(cfg, batch_size, like))
             self.levels[-1].newest = self.levels[-1].expanded = like.new_zeros(batch_size, 0, cfg.n_embd)
 
-    @property
-    def length(self):
-        return self.text.size(1)
-
     def feed(self, idx):
         """Appends new tokens to the text; returns those to compute. They are the new ones alone, unless they move the
         boundaries of the blocks of 64, which end where the text ends, or the expander mixes all positions anyway."""
-        self.text = torch.cat([self.text, idx], 1)
+        self.text, self.length = torch.cat([self.text, idx], 1), self.length + idx.size(1)
         if idx.size(1) % self.ahead == 0 and self.expander == "local":
             return idx
         for cache in self.levels:
@@ -219,10 +212,9 @@ def sizes(cfg):
     """The numbers in Config's strings: blocks (3 levels down, bottom, 3 up), and widths of the 4 levels in channels."""
     try:
         n_layer, widths = [int(n) for n in cfg.n_layer.split(",")], [float(w) for w in f"1,{cfg.widths}".split(",")]
-    except ValueError:
-        n_layer, widths = [], []
-    if len(n_layer) != 7 or len(widths) != 4 or min(n_layer) < 0 or min(widths) <= 0:
-        raise ValueError(f"n_layer {cfg.n_layer!r} and widths {cfg.widths!r} must be like '1,2,2,2,2,2,1' and '2,4,8'")
+        assert len(n_layer) == 7 and len(widths) == 4 and min(n_layer) >= 0 and min(widths) > 0
+    except (ValueError, AssertionError):
+        raise ValueError(f"n_layer {cfg.n_layer!r}, widths {cfg.widths!r}: not like '1,2,2,2,2,2,1', '2,4,8'") from None
     return n_layer, [round(w * cfg.n_embd) for w in widths]
 
 
@@ -244,8 +236,6 @@ class Level(nn.Module):
             self.inner = Level(cfg, depth + 1)
             self.ln_e, self.expand = nn.LayerNorm(C2), nn.Linear(C2, 4 * C)
             if cfg.expander == "sequence":
-                if 2 * C != C2:
-                    raise ValueError(f"--expander sequence needs each width to be twice the one before: {widths}")
                 self.expand = SequenceExpander(self.inner.cfg.block_size)
 
     def forward(self, x, caches):
@@ -282,6 +272,33 @@ class Level(nn.Module):
         return x + expanded[:, :T]
 
 
+class Pointer(nn.Module):
+    """The output of 64 ahead may copy tokens of the text (Merity et al. 2017, section 2), which one vector cannot list:
+    p = (1 - g) softmax(logits) + g a, where a is attention over all tokens of the blocks read, added up for each token
+    id, and g a gate (See et al. 2017, section 2.2)."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.query, self.gate = nn.Linear(cfg.n_embd, cfg.n_embd), nn.Linear(cfg.n_embd, 1)
+
+    def forward(self, x, text, model, targets):
+        """text (B, S), x (B, T, C) of its last T positions -> log p (B, T, V), or with targets its negative mean."""
+        V = model.cfg.vocab_size
+        text = F.pad(text, (-text.size(1) % 64, 0), value=model.cfg.eot % V)  # (B, S), S padded
+        block = torch.arange(text.size(1), device=x.device) // 64
+        keys = model.wte(text) + model.wpe.weight[: text.size(1)]  # (B, S, C)
+        scores, gate = (self.query(x) @ keys.mT / math.sqrt(x.size(2))).to(x.dtype), self.gate(x).to(x.dtype)
+        a = scores.masked_fill(block > block[-x.size(1) :, None], -math.inf).softmax(-1)  # (B, T, S)
+        if targets is None:
+            log_p = model.lm_head(x)[..., :V].to(x.dtype).log_softmax(-1)
+            copied = torch.zeros_like(log_p).scatter_add(2, text[:, None].expand_as(a), a)  # (B, T, V)
+        else:
+            log_p = -linear_cross_entropy(x, model.wte.weight, targets, V, reduction="none").view(*targets.shape, 1)
+            copied = (a * (text[:, None] == targets[..., None])).sum(-1, keepdim=True)  # (B, T, 1)
+        log_p = torch.logaddexp(F.logsigmoid(-gate) + log_p, F.logsigmoid(gate) + (copied + 1e-12).log())
+        return log_p if targets is None else -log_p[targets >= 0].mean()
+
+
 class Model(nn.Module):
     """Convolution attention. model(idx) -> logits (B, T, V), row i scores token i + ahead; model(idx, targets) -> mean
     cross-entropy in nats, a scalar; model(idx, cache=cache) -> logits (B, ahead, V) for the tokens after idx, which
@@ -305,44 +322,31 @@ class Model(nn.Module):
         self.drop = nn.Dropout(cfg.dropout)
         self.level = Level(cfg)
         self.ln_f = nn.LayerNorm(cfg.n_embd)
-        self.lm_head = nn.Linear(cfg.n_embd, padded, bias=cfg.ahead == 64)  # see grow
+        self.lm_head = nn.Linear(cfg.n_embd, padded, bias=False)
         self.lm_head.weight = self.wte.weight
+        self.pointer = Pointer(cfg) if cfg.ahead == 64 and cfg.expander == "local" else None
         for name, p in self.named_parameters():
             if p.dim() == 2:  # residual projections are scaled by 1 / sqrt(2 n_layer): that many are added up
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * sum(n_layer)) if "c_proj" in name else 0.02)
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
-        if cfg.ahead == 64 and cfg.expander == "local":
-            self.begin_as_a_bag_of_words()
-
-    @torch.no_grad()
-    def begin_as_a_bag_of_words(self):
-        """What a text says about its 64th next token is mostly which words it uses. A random start takes long to find
-        that, so here `compress` begins as a mean, attention as the mean of what came before, `expand` as a copy."""
-        for module in self.modules():
-            if isinstance(module, Level) and module.depth < 3:
-                C, C2 = module.cfg.n_embd, module.inner.cfg.n_embd
-                module.compress.weight.copy_(torch.eye(C2, C).repeat(1, 4) / 4)
-                module.expand.weight.copy_(torch.eye(C, C2).repeat(4, 1))
-            elif isinstance(module, Attention):
-                nn.init.eye_(module.c_attn.weight[2 * module.c_proj.in_features :])  # values
-                nn.init.eye_(module.c_proj.weight)
 
     def forward(self, idx, targets=None, cache=None):
-        T, past = idx.size(1), cache.length if cache is not None else 0
+        T, past, text = idx.size(1), cache.length if cache is not None else 0, idx
         if past + T > self.cfg.block_size:
             raise ValueError(f"{past + T} tokens do not fit block_size {self.cfg.block_size}")
         if cache is not None:
-            idx = cache.feed(idx)
-            past = cache.levels[0].length
+            idx, past, text = cache.feed(idx), cache.levels[0].length, cache.text
         # Blocks of `ahead` tokens end where the text ends: end of text fills up the first one.
         idx = F.pad(idx, (-idx.size(1) % self.ahead, 0), value=self.cfg.eot % self.cfg.vocab_size)
         position = torch.arange(past, past + idx.size(1), device=idx.device)
         x = self.drop(self.wte(idx) + self.wpe(position))  # (B, T, C), T padded
         x = self.level(x, [None] * 4 if cache is None else cache.levels)
         x = self.ln_f(x[:, -(T if cache is None else self.ahead) :])
+        if self.pointer is not None:
+            return self.pointer(x, text, self, targets)
         if targets is not None:
-            return linear_cross_entropy(x, self.lm_head.weight, targets, self.cfg.vocab_size, self.lm_head.bias)
+            return linear_cross_entropy(x, self.lm_head.weight, targets, self.cfg.vocab_size)
         return self.lm_head(x)[..., : self.cfg.vocab_size]  # (B, T, V)
 
     def new_cache(self, batch_size):
@@ -370,28 +374,24 @@ def learning_rate(step, cfg):
 
 
 def grow(model, optimizer, cfg, step):
-    """Called before each step and after the last; returns True if it changed the network. This network never grows. But
-    64 ahead its logits get the token frequencies of the training text, after a first step whose loss is still ln V."""
-    if step == 1 and cfg.ahead == 64 and model.lm_head.bias.abs().max() < 1:  # not those of --init-from
-        counts = np.bincount(open_data(cfg.data)[2]["train"][: 2**24], minlength=len(model.wte.weight)) + 1.0
-        model.lm_head.bias.data.copy_(torch.from_numpy(np.log(counts / counts.sum())))  # of 16M tokens at most
+    """Called before each step and after the last; returns True if it changed the network. This network never grows."""
     return False
 
 
 # --- training: the same lines in every model file ---
 
 
-def linear_cross_entropy(x, weight, targets, vocab_size, bias=None):
-    """Mean cross-entropy in nats of the logits x @ weight.T + bias, a scalar, of which only some rows exist at a time.
-    x (B, T, C), weight (V, C), bias (V), targets (B, T) or -1 to ignore one. Ids from vocab_size on are padding."""
+def linear_cross_entropy(x, weight, targets, vocab_size, bias=None, **more):
+    """Mean cross-entropy in nats of logits x @ weight.T + bias, of which only some rows exist at a time. No mean with
+    reduction="none". x (B, T, C), weight (V, C), targets (B, T) or -1 to ignore one. Ids >= vocab_size are padding."""
     padding = torch.arange(len(weight), device=x.device) >= vocab_size
     bias = (weight.new_zeros(len(weight)) if bias is None else bias).masked_fill(padding, -math.inf)
     x, targets = x.flatten(0, 1).to(weight.dtype), targets.flatten()
     # The default options are 4 to 15 times slower on a CPU, and warn where torch.compile sets the flag by itself.
-    options = dict(batch_chunk_size=256, chunking_method=None, acc_policy="balanced") if x.device.type == "cpu" else {}
-    options = nn.LinearCrossEntropyOptions(allow_retain_graph=torch.compiler.is_compiling(), **options)
+    chunks = dict(batch_chunk_size=256, chunking_method=None, acc_policy="balanced") if x.device.type == "cpu" else {}
+    chunks = nn.LinearCrossEntropyOptions(allow_retain_graph=torch.compiler.is_compiling(), **chunks)
     with torch.autocast(x.device.type, enabled=False):
-        return F.linear_cross_entropy(x, weight, targets, linear_bias=bias, ignore_index=-1, options=options)
+        return F.linear_cross_entropy(x, weight, targets, linear_bias=bias, ignore_index=-1, options=chunks, **more)
 
 
 @torch.no_grad()

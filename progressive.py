@@ -314,17 +314,17 @@ def grow(model, optimizer, cfg, step):
 # --- training: the same lines in every model file ---
 
 
-def linear_cross_entropy(x, weight, targets, vocab_size, bias=None):
-    """Mean cross-entropy in nats of the logits x @ weight.T + bias, a scalar, of which only some rows exist at a time.
-    x (B, T, C), weight (V, C), bias (V), targets (B, T) or -1 to ignore one. Ids from vocab_size on are padding."""
+def linear_cross_entropy(x, weight, targets, vocab_size, bias=None, **more):
+    """Mean cross-entropy in nats of logits x @ weight.T + bias, of which only some rows exist at a time. No mean with
+    reduction="none". x (B, T, C), weight (V, C), targets (B, T) or -1 to ignore one. Ids >= vocab_size are padding."""
     padding = torch.arange(len(weight), device=x.device) >= vocab_size
     bias = (weight.new_zeros(len(weight)) if bias is None else bias).masked_fill(padding, -math.inf)
     x, targets = x.flatten(0, 1).to(weight.dtype), targets.flatten()
     # The default options are 4 to 15 times slower on a CPU, and warn where torch.compile sets the flag by itself.
-    options = dict(batch_chunk_size=256, chunking_method=None, acc_policy="balanced") if x.device.type == "cpu" else {}
-    options = nn.LinearCrossEntropyOptions(allow_retain_graph=torch.compiler.is_compiling(), **options)
+    chunks = dict(batch_chunk_size=256, chunking_method=None, acc_policy="balanced") if x.device.type == "cpu" else {}
+    chunks = nn.LinearCrossEntropyOptions(allow_retain_graph=torch.compiler.is_compiling(), **chunks)
     with torch.autocast(x.device.type, enabled=False):
-        return F.linear_cross_entropy(x, weight, targets, linear_bias=bias, ignore_index=-1, options=options)
+        return F.linear_cross_entropy(x, weight, targets, linear_bias=bias, ignore_index=-1, options=chunks, **more)
 
 
 @torch.no_grad()

@@ -5,12 +5,14 @@
 
 The text is `prepare_data.py python`: the standard library's sources and those of the packages in requirements.txt. Each
 model searches its learning rate in runs of a quarter of the length, until the best one has a worse one on either side.
-Next-token models whose steps are 15% faster than gpt2.py's train once more, for as many seconds as gpt2.py's run takes.
-Steps are timed alone, on one thread; then as many runs as there are cores go on side by side, a thread each. Bits per
-byte are of all of val. An interrupted comparison resumes. Writes results/compare.md and results/compare.svg.
+Next-token models whose steps are more than 15% faster or slower than gpt2.py's train once more, for as many seconds as
+gpt2.py's run takes. Steps are timed alone, on one thread (progressive.py's in stage 3, which is 85% of its run); then as
+many runs as there are cores go on side by side, a thread each. Bits per byte are of all of val. An interrupted
+comparison resumes. Writes results/compare.md and results/compare.svg.
 """
 
 import json
+import math
 import os
 import statistics
 import sys
@@ -42,7 +44,8 @@ def step_seconds():
     file = ROOT / "out/compare/seconds.json"
     if not file.exists():
         os.environ["OMP_NUM_THREADS"] = "1"
-        speeds = race([f"{options} {COMMON} --vocab-size 4096" for options, _ in MODELS.values()], turns=5, steps=2)
+        timed = [options + " --stage 3" * options.startswith("progressive") for options, _ in MODELS.values()]
+        speeds = race([f"{options} {COMMON} --vocab-size 4096" for options in timed], turns=5, steps=2)
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps([8 * 256 / speed for speed, _ in speeds]), encoding="utf-8")
     return dict(zip(MODELS, json.loads(file.read_text(encoding="utf-8"))))
@@ -63,7 +66,7 @@ def compare(submit, steps, seeds, seconds):
             more = best / 2 if best == min(runs) else best * 2
             runs[more] = start(name, short, more, seeds[0])
         ratio = seconds["gpt2"] / seconds[name]
-        timed = round(ratio * steps) if ratio > 1.15 and "64" not in name else None
+        timed = round(ratio * steps) if abs(math.log(ratio)) > math.log(1.15) and "64" not in name else None
         equal = [[start(name, n, best, seed) for seed in seeds] if n else [] for n in (steps, timed)]
         found[name] = sorted(runs), best, equal[0], timed, equal[1]
     for name, (rates, best, runs, timed, others) in found.items():
@@ -89,7 +92,7 @@ def main(scale):
     seconds = step_seconds()
     evaluation, slower = 20, 1.1  # seconds for all of val; how much longer a step takes while other runs go on
     work = [(0.75 + len(seeds)) * steps * slower * s + (3 + len(seeds)) * evaluation for s in seconds.values()]
-    work += [len(seeds) * (steps * slower * seconds["gpt2"] + evaluation)] * 3  # at equal time
+    work += [len(seeds) * (steps * slower * seconds["gpt2"] + evaluation)] * 4  # at equal time
     print(f"About {sum(work) / os.cpu_count() / 60:.0f} minutes.", flush=True)
     found = side_by_side(lambda submit: compare(submit, steps, seeds, seconds))
 

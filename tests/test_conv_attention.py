@@ -4,7 +4,6 @@ import math
 import random
 import shutil
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -38,9 +37,13 @@ def test_a_row_sees_exactly_the_blocks_up_to_its_own_and_in_the_exhibit_all(ahea
     assert torch.equal(moved, (block >= block[:, None]) | (expander == "sequence"))
 
 
-def test_64_ahead_begins_with_the_words_of_the_text():
-    model, idx = conv_attention.Model(conv_attention.Config(50)), torch.randint(8, (32, 256))
-    assert model(idx)[..., :8].mean() > model(idx)[..., 8:50].mean() + 0.1
+def test_64_ahead_mixes_its_softmax_with_attention_over_the_tokens():
+    model, text, outputs, block = tiny(), torch.randint(8, (192,)), [], torch.arange(192) // 64
+    model.ln_f.register_forward_hook(lambda module, args, x: outputs.append(x[0]))
+    log_p, keys, (x,) = model(text[None])[0], model.wte(text) + model.wpe.weight[:192], outputs
+    a = (model.pointer.query(x) @ keys.T / 12**0.5).exp() * (block <= block[:, None])
+    copied, g = a / a.sum(1, keepdim=True) @ F.one_hot(text, 50).double(), model.pointer.gate(x).sigmoid()
+    assert torch.allclose(log_p.exp(), (1 - g) * model.lm_head(x)[:, :50].softmax(-1) + g * copied)
 
 
 @pytest.mark.parametrize("expander", ["local", "sequence"])
@@ -109,7 +112,7 @@ def test_every_parameter_has_an_effect(ahead, expander):
 
 def test_sizes_and_those_that_make_no_network():
     wrong = [dict(n_layer="1,2,3"), dict(n_layer="1,2,2,two,2,2,1"), dict(widths="2,-4,8"), dict(widths="1.3,4,8")]
-    wrong += [dict(ahead=2), dict(expander="global"), dict(expander="sequence", widths="1.5,2,2.5", n_embd=96)]
+    wrong += [dict(ahead=2), dict(expander="global")]
     for options in wrong:
         with pytest.raises(ValueError, match=next(iter(options))):
             small("conv_attention", **options)
@@ -131,5 +134,3 @@ def test_trains_and_samples_with_the_end_of_text_of_its_data(ahead, expander, da
     model, idx = sample.load(f"{out}/ckpt.pt")[0], torch.randint(300, (1, 70))
     padded = torch.cat([torch.full((1, -70 % ahead), 7), idx], 1)
     assert model.cfg.eot == 7 and torch.allclose(model(idx), model(padded)[:, -70:], atol=1e-5)
-    counts = np.bincount(np.fromfile(data / "train.bin", "<u2"), minlength=320) + 1  # with which the logits began
-    assert ahead == 1 or np.allclose(model.lm_head.bias.detach(), np.log(counts / counts.sum()), atol=2e-3)
