@@ -6,8 +6,8 @@
 The text is `prepare_data.py python`: the standard library's sources and those of the packages in requirements.txt. Each
 model searches its learning rate in runs of a quarter of the length, until the best one has a worse one on either side.
 Next-token models whose steps are more than 15% faster or slower than gpt2.py's train once more, for as many seconds as
-gpt2.py's run takes. Steps are timed alone, on one thread (progressive.py's in stage 3, which is 85% of its run); then as
-many runs as there are cores go on side by side, a thread each. Bits per byte are of all of val. An interrupted
+gpt2.py's run takes. Steps are timed alone, on one thread (progressive.py's in stage 3, which is 85% of its run), then
+as many runs as there are cores go on side by side, a thread each. Bits per byte are of all of val. An interrupted
 comparison resumes. Writes results/compare.md and results/compare.svg.
 """
 
