@@ -3,12 +3,11 @@
     make compare                   4.1M tokens a run; says how long it takes before it starts: about two hours
     make compare SCALE=quick       a twelfth of it with one seed, in a quarter of an hour, to see that it works
 
-The text is `prepare_data.py python`: the standard library's sources and those of the packages in requirements.txt. Each
-model searches its learning rate in runs of a quarter of the length, until the best one has a worse one on either side.
-Next-token models whose steps are more than 15% faster or slower than gpt2.py's train once more, for as many seconds as
-gpt2.py's run takes. Steps are timed alone, on one thread (progressive.py's in stage 3, which is 85% of its run), then
-as many runs as there are cores go on side by side, a thread each. Bits per byte are of all of val. An interrupted
-comparison resumes. Writes results/compare.md and results/compare.svg.
+The text is that of `prepare_data.py python`. A model's learning rate is searched in runs of a quarter of the length,
+until the best has a worse one on either side. Next-token models whose steps are more than 15% faster or slower than
+gpt2.py's train once more, for as many seconds as gpt2.py's run takes. Steps are timed alone, on one thread
+(progressive.py's in stage 3, 85% of its run), then runs go on side by side, a thread each. Bits per byte are of all of
+val. An interrupted comparison resumes. Writes results/compare.md and results/compare.svg.
 """
 
 import json
@@ -17,7 +16,7 @@ import os
 import statistics
 import sys
 
-from runs import ROOT, curve, mean_and_error, picture, side_by_side
+from runs import ROOT, curve, final, mean_and_error, picture, side_by_side
 from train import machine, race, shell
 
 CONV = "conv_attention.py --n-layer 1,1,1,1,1,1,1 --widths 1.5,1.5,1.5 --n-head 4 --n-embd 64"
@@ -32,11 +31,6 @@ MODELS = {  # options, and where the search for a learning rate begins
 COMMON = "--device cpu --block-size 256 --batch-size 8 --micro-batch 8"
 RUN = f"{COMMON} --data data/compare --warmup-steps 100 --eval-tokens 16384 --log-interval 50"
 SCALES = {"full": (2000, (1337, 1, 2)), "quick": (160, (1337,))}  # optimizer steps, seeds
-
-
-def bits(run):
-    """Bits per byte of all of val."""
-    return float(run[0].split("nats per token, ")[1].split()[0])
 
 
 def step_seconds():
@@ -62,7 +56,7 @@ def compare(submit, steps, seeds, seconds):
     found, short = {}, steps // 4
     tried = {n: {f * rate: start(n, short, f * rate, seeds[0]) for f in (0.5, 1, 2)} for n, (_, rate) in MODELS.items()}
     for name, runs in tried.items():
-        while (best := min(runs, key=lambda rate: bits(runs[rate].result()))) in (min(runs), max(runs)):
+        while (best := min(runs, key=lambda rate: final(runs[rate].result(), "bits"))) in (min(runs), max(runs)):
             more = best / 2 if best == min(runs) else best * 2
             runs[more] = start(name, short, more, seeds[0])
         ratio = seconds["gpt2"] / seconds[name]
@@ -76,7 +70,7 @@ def compare(submit, steps, seeds, seconds):
 
 def against(runs, base):
     """Bits per byte, mean ± standard error, and how they compare with gpt2.py's: = if within two standard errors."""
-    ours, theirs = ([bits(run) for run in these] for these in (runs, base))
+    ours, theirs = ([final(run, "bits") for run in these] for these in (runs, base))
     if len(ours) < 2:
         return "".join(f"{value:.3f}" for value in ours)
     (mean, error), (other, its_error) = mean_and_error(ours), mean_and_error(theirs)

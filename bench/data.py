@@ -1,8 +1,7 @@
-"""Speed of prepare_data.py beside libraries in Rust, which take turns with it (A B A B ...).
+"""Speed of prepare_data.py beside libraries in Rust, which take turns with it (A B A B ...), on the stdlib's sources.
 
-BPE: the standard library's sources are split into words, counted and merged to a vocabulary of 4,096, in Python on one
-core; the peer is Hugging Face tokenizers on all. Files: prepare_data.py reads, splits, encodes with GPT-2's tokenizer,
-counts and writes five times that text; the peer, tiktoken's encode_ordinary_batch, gets the same sources in memory.
+BPE, in Python on one core: split into words, count, merge to a vocabulary of 4,096; the peer is Hugging Face's library.
+Files: read, split, encode with GPT-2's tokenizer, count and write five times the text; the peer is tiktoken, in memory.
 """
 
 import os

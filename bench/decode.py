@@ -1,13 +1,12 @@
 """Decoding speed: sample.py beside Hugging Face's generate. GPT-2 124M with random weights, the same in both.
 
-Both compute in float32 and in bfloat16, and the faster generate is the peer; --dtype auto is what users of sample.py
-get. Nucleus sampling has two settings: "flat", random weights, whose next token is anything; "text", the last norm
-scaled by 6.5, which gives the entropy that a next token has in text, 4 to 5 nats. Turns alternate (A B C D A B C D ...)
-in one process; the first does not count. Prints steps/s (tokens per text), and the median and range of ratios.
+Both compute in float32 and in bfloat16; the faster generate is the peer. Nucleus sampling has two settings: "flat",
+random weights, whose next token is anything; "text", the last norm scaled by 6.5, which gives the entropy that a next
+token has in text, 4 to 5 nats. Prints steps/s, and ratios of turns. On a GPU: python bench/decode.py cuda
 """
 
-import argparse
 import statistics
+import sys
 import tempfile
 import time
 
@@ -47,13 +46,11 @@ def build(device):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cpu", help="(default: %(default)s)")
-    args = parser.parse_args()
-    print(f"{machine(args.device)}, transformers {transformers.__version__}", gpt2.choose_device(args.device, "auto"))
-    models = build(args.device)
+    device = sys.argv[1] if len(sys.argv) > 1 else "cpu"
+    print(f"{machine(device)}, transformers {transformers.__version__}", gpt2.choose_device(device, "auto"))
+    models = build(device)
     for name, (n_new, batch, scale, for_them, for_us) in SETTINGS.items():
-        idx = torch.randint(50257, (1, 16), device=args.device).repeat(batch, 1)
+        idx = torch.randint(50257, (1, 16), device=device).repeat(batch, 1)
         speeds = {who: [] for who in models}
         for model in models.values():
             getattr(model, "transformer", model).ln_f.weight.data.fill_(scale)

@@ -1,14 +1,14 @@
 """MARCH's encoder-decoders at equal parameters, on scratch_former.py: 50 trainings, less than two hours on two cores.
 
 MARCH (github.com/bri25yu/march) trained models of 220M parameters for 1,000 steps of a million tokens, one seed each.
-Here models of 2.1M learn to write hidden spans of the standard library's sources; with a vocabulary of 1,024, seven
-eighths of the parameters are in the blocks. Each variant has the best of three learning rates, chosen with its first
-seed, and is trained with two more. All are scored on the same hidden tokens. Writes results/march.md and march.svg.
+Here models of 2.1M learn to write hidden spans of the standard library's sources; a vocabulary of 1,024 leaves seven
+eighths of them to the blocks. Each variant has the best of three learning rates, chosen with its first seed, and two
+more seeds. All are scored on the same hidden tokens. Writes results/march.md and march.svg.
 """
 
 import statistics
 
-from runs import GREY, ROOT, mean_and_error, picture, side_by_side
+from runs import GREY, ROOT, final, mean_and_error, picture, side_by_side
 from train import machine, shell
 
 VARIANTS = {  # what differs, and MARCH's change of the loss at step 1,000, where it gives a number
@@ -37,20 +37,16 @@ def search(submit):
         return submit(f"scratch_former.py {COMMON} {VARIANTS[name][0]} --learning-rate {rate} --seed {seed}", out)
 
     first = {name: {rate: start(name, rate, SEEDS[0]) for rate in RATES} for name in VARIANTS}
-    best = {name: min(RATES, key=lambda rate: loss(first[name][rate].result())) for name in VARIANTS}
+    best = {name: min(RATES, key=lambda rate: final(first[name][rate].result(), "nats")) for name in VARIANTS}
     more = {name: [start(name, best[name], seed) for seed in SEEDS[1:]] for name in VARIANTS}
     return {name: (best[name], [run.result() for run in (first[name][best[name]], *more[name])]) for name in VARIANTS}
-
-
-def loss(run):
-    return float(run[0].split("all of val: ")[1].split()[0])
 
 
 if __name__ == "__main__":
     if not (ROOT / "data/march/meta.json").exists():
         shell("prepare_data.py stdlib --tokenizer bpe:1024 --out data/march")
     found = side_by_side(search)
-    losses = {name: [loss(run) for run in runs] for name, (_, runs) in found.items()}
+    losses = {name: [final(run, "nats") for run in runs] for name, (_, runs) in found.items()}
     base = statistics.mean(losses["baseline"])
     spread = statistics.mean(statistics.variance(values) for values in losses.values()) ** 0.5  # of one run, pooled
     error = spread * (2 / len(SEEDS)) ** 0.5  # of a difference of two means
@@ -68,11 +64,10 @@ if __name__ == "__main__":
         change = f"{changes[name]:+.3f} ({changes[name] / error:+.0f})" if name in changes else ""
         table.append(f"| {name} | {options and f'`{options}`'} | {runs[0][0].split()[0]} | {rate} | {ms:.0f} "
                      f"| {mean:.3f} ± {its_error:.3f} | {change} | {theirs} |")  # fmt: skip
-    table += [
-        f"\nStandard deviation of one run, pooled over all variants: {spread:.3f}; standard error of a change: "
-        f"{error:.3f}. A change below two of them says nothing. The runs are `python scratch_former.py {COMMON}` "
-        f"with these options, `--learning-rate`, and `--seed` {', '.join(map(str, SEEDS))}.",
-    ]
+    table.append(
+        f"\nStandard deviation of one run, pooled: {spread:.3f}; standard error of a change: {error:.3f}. The runs are "
+        f"`python scratch_former.py {COMMON}` with these options, `--learning-rate`, and `--seed` {SEEDS}."
+    )
     (ROOT / "results/march.md").write_text("\n".join(table) + "\n", encoding="utf-8")
     print("\n".join(table))
 

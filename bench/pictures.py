@@ -1,10 +1,8 @@
-"""Four pictures, for which small models are trained first; an interrupted run resumes.
+"""Five pictures in results/, for which small models are trained first: an hour on two cores, and it resumes.
 
-    python bench/pictures.py       leak.svg, recall.svg, switch.svg, triangles.png in results/; half an hour, two cores
-
-leak: four symbols, each drawn by itself. recall: names with a value that each text draws anew, so that what to copy and
-from where depends on the text. switch: progressive.py and a GPT-2 of its final size. triangles: what a mixer's layers
-have learned, and where a GPT-2 of its shape attends on average.
+leak: four symbols, each drawn by itself. ahead: nats by position in a block of 64 that is predicted at once. recall:
+names with a value that each text draws anew, so that what to copy and from where depends on the text. switch:
+progressive.py and a GPT-2 of its final size. triangles: what a mixer's layers learn, and GPT-2's mean attention.
 """
 
 import json
@@ -13,7 +11,7 @@ import math
 import numpy as np
 import torch
 from compare import MODELS
-from runs import GREY, ROOT, curve, picture, side_by_side
+from runs import GREY, ROOT, curve, log, picture, side_by_side
 from train import shell
 
 import gpt2
@@ -25,10 +23,13 @@ RECALL = "--device cpu --block-size 128 --batch-size 32 --micro-batch 32 --max-s
 RECALL += "--warmup-steps 100 --eval-interval 1000 --learning-rate 2e-3"
 TEXT = "--device cpu --max-steps 1000 --eval-interval 1000 --log-interval 10 --learning-rate 4e-3"
 LATE = "--stages 0.33,0.67 --lora-rank 16 --lora-alpha 32"  # later than the default: easier to see
+AHEAD = "--n-layer 0,0,0,2,0,0,0 --n-embd 256 --widths 1,1,1 --n-head 4 --batch-size 8 --micro-batch 8 --device cpu "
+AHEAD += "--max-steps 1200 --warmup-steps 50 --learning-rate 2e-3 --eval-interval 60"
 RUNS = {
     "ours, 64 ahead": f"conv_attention.py {IID}",
     "ours, 1 ahead": f"conv_attention.py {IID} --ahead 1",
     "the source's expander": f"conv_attention.py {IID} --expander sequence",
+    "64 ahead": f"conv_attention.py {AHEAD}",
     "gpt2, 12 blocks": f"gpt2.py {TEXT} --n-layer 12 --n-head 4 --n-embd 72",
     "progressive": f"progressive.py {TEXT} --n-layer 12 --n-head 4 --n-embd 72 {LATE}",
     "gpt2, 3 blocks": f"gpt2.py {TEXT} --n-layer 3 --n-head 4 --n-embd 128",
@@ -62,30 +63,24 @@ def write_tokens(name, vocab_size, draw):
     (path / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
 
 
-def train(submit):
-    """The log of each run."""
-    started = {name: submit(command, f"out/pictures/{name}") for name, command in RUNS.items()}
-    return {name: run.result()[1] for name, run in started.items()}
-
-
-def lines(figure, runs, names):
+def lines(figure, names):
     """Training losses over steps."""
     axis = figure.subplots()
     for name in names:
-        curve(axis, [(row["step"], row["train_loss"]) for row in runs[name]], name)
+        curve(axis, [(row["step"], row["train_loss"]) for row in log(f"out/pictures/{name}")], name)
     axis.set(xlabel="optimizer steps", ylabel="training loss, nats per token")
     return axis
 
 
-def draw_leak(figure, runs):
-    axis = lines(figure, runs, list(RUNS)[:3])
+def draw_leak(figure):
+    axis = lines(figure, list(RUNS)[:3])
     axis.axhline(math.log(4), color=GREY, ls="--")
     axis.annotate("ln 4: no honest loss is below", (0, 1.42), color=GREY)
     axis.set_ylim(1.25, 1.5)
 
 
-def draw_switch(figure, runs):
-    axis, rows = lines(figure, runs, ["gpt2, 12 blocks", "progressive"]), runs["progressive"]
+def draw_switch(figure):
+    axis, rows = lines(figure, ["gpt2, 12 blocks", "progressive"]), log("out/pictures/progressive")
     for share, blocks in zip((0.33, 0.67), (6, 12)):  # as in LATE
         step = share * rows[-1]["step"]
         loss = next(row["train_loss"] for row in rows if row["step"] >= step)
@@ -94,6 +89,26 @@ def draw_switch(figure, runs):
     axis.set_ylim(4, 7)
     arrow = {"color": "#d2691e", "arrowprops": {"arrowstyle": "<-", "color": "#d2691e"}, "ha": "center"}
     axis.annotate("the source's jump, 1.92 to 3.19", (step, loss), (step, loss + 3.19 - 1.92), **arrow)
+
+
+@torch.no_grad()
+def draw_ahead(figure):
+    """Prints and draws nats by position in a block, of all blocks of val.bin with 960 tokens before them."""
+    axis, model = figure.subplots(), sample.load(ROOT / "out/pictures/64 ahead/ckpt.pt")[0]
+    train, val = (torch.from_numpy(gpt2.open_data(model.cfg.data)[2][s].astype(np.int64)) for s in ("train", "val"))
+    p, blocks = (train.bincount(minlength=model.cfg.vocab_size) + 1) / len(train), val.unfold(0, 1024, 64)
+    nats = {"token frequencies": 0, "mixed with those of 960 tokens": 0, "64 ahead": 0}
+    for rows in blocks.split(16):
+        text, block = rows.split([960, 64], 1)
+        counts = torch.stack([row.bincount(minlength=len(p)) for row in text])[:, None]
+        log_p = model(text, cache=model.new_cache(len(text)))  # (B, 64, V)
+        for name, guess in zip(nats, (p.log(), (0.6 * counts / 960 + 0.4 * p).log(), log_p)):
+            nats[name] -= guess.expand_as(log_p).gather(2, block[..., None])[..., 0].sum(0) / len(blocks)
+    print("| position | 1 | 2 | 3 to 4 | 5 to 8 | 9 to 16 | 17 to 32 | 33 to 64 | all |\n" + "| --- " * 9 + "|")
+    for name, row in nats.items():
+        print(f"| {name} |", *(f"{part.mean():.3f} |" for part in [*row.split([1, 1, 2, 4, 8, 16, 32]), row]))
+        curve(axis, [*enumerate(row.tolist(), 1)], name)
+    axis.set(xlabel="position in the block of 64", ylabel="nats per token")
 
 
 @torch.no_grad()
@@ -141,9 +156,11 @@ def main():
         shell("prepare_data.py stdlib")
     write_tokens("iid", 4, lambda rng, *size: [rng.integers(4, size=size)])
     write_tokens("named", 288, named)
-    runs = side_by_side(train)
-    picture("results/leak.svg", (8, 3.5), lambda figure: draw_leak(figure, runs))
-    picture("results/switch.svg", (8, 3.5), lambda figure: draw_switch(figure, runs))
+    runs = ((command, f"out/pictures/{name}") for name, command in RUNS.items())
+    side_by_side(lambda submit: [run.result() for run in [submit(*run) for run in runs]])
+    picture("results/leak.svg", (8, 3.5), draw_leak)
+    picture("results/ahead.svg", (8, 3.5), draw_ahead)
+    picture("results/switch.svg", (8, 3.5), draw_switch)
     picture("results/recall.svg", (8, 4), draw_recall)
     picture("results/triangles.png", (9, 6), draw_triangles)
 

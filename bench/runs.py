@@ -39,6 +39,11 @@ def train(command, out):
     return printed.read_text(encoding="utf-8"), log(out)
 
 
+def final(run, unit):
+    """The number before `unit` in the last line that a training printed, which is of all of val."""
+    return float(run[0].splitlines()[-1].split(f" {unit}")[0].split()[-1])
+
+
 def side_by_side(work):
     """work(submit), where submit(command, out) gives a future of train's result, on as many threads as cores."""
     pool = ThreadPoolExecutor(os.cpu_count())

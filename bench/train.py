@@ -5,8 +5,8 @@
     python bench/train.py "/old/gpt2.py --dtype float32" "gpt2.py --dtype float32"          any two or more commands
 
 Every contestant is a process of its own, because memory that a process keeps is part of its speed. They take turns of
-a few steps (A B A B ...): forward, backward, clipping and the optimizer on random tokens. Prints the median tokens/s of
-each, its peak memory above what imports take, and the ratios of the last one to the fastest other.
+two steps (A B A B ...): forward, backward, clipping, optimizer, on random tokens. Prints median tokens/s, peak memory
+above what imports take, and the ratios of the last one to the fastest other.
 """
 
 import argparse
