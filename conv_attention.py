@@ -296,7 +296,7 @@ class Pointer(nn.Module):
             log_p = -linear_cross_entropy(x, model.wte.weight, targets, V, reduction="none").view(*targets.shape, 1)
             copied = (a * (text[:, None] == targets[..., None])).sum(-1, keepdim=True)  # (B, T, 1)
         log_p = torch.logaddexp(F.logsigmoid(-gate) + log_p, F.logsigmoid(gate) + (copied + 1e-12).log())
-        return log_p if targets is None else -log_p[targets >= 0].mean()
+        return log_p if targets is None else -(log_p[..., 0] * (targets >= 0)).sum() / (targets >= 0).sum()
 
 
 class Model(nn.Module):

@@ -112,8 +112,7 @@ def test_every_parameter_has_an_effect(ahead, expander):
 
 def test_sizes_and_those_that_make_no_network():
     wrong = [dict(n_layer="1,2,3"), dict(n_layer="1,2,2,two,2,2,1"), dict(widths="2,-4,8"), dict(widths="1.3,4,8")]
-    wrong += [dict(ahead=2), dict(expander="global")]
-    for options in wrong:
+    for options in [*wrong, dict(ahead=2), dict(expander="global")]:
         with pytest.raises(ValueError, match=next(iter(options))):
             small("conv_attention", **options)
     model = tiny(widths="1.5,2,2.5", n_layer="1,2,3,4,5,6,7")
