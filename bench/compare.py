@@ -21,7 +21,7 @@ from train import machine, race, shell
 
 CONV = "conv_attention.py --n-layer 1,1,1,1,1,1,1 --widths 1.5,1.5,1.5 --n-head 4 --n-embd 64"
 MODELS = {  # options, and where the search for a learning rate begins
-    "gpt2": ("gpt2.py --n-layer 3 --n-head 4 --n-embd 128", 4e-3),
+    "gpt2": ("gpt2.py --n-layer 3 --n-head 4 --n-embd 128", 2e-3),
     "conv_attention": (f"{CONV} --ahead 1", 4e-3),
     "conv_attention, 64 ahead": (CONV, 2e-3),
     "progressive": ("progressive.py --n-layer 12 --n-head 4 --n-embd 72", 4e-3),

@@ -167,7 +167,7 @@ def test_loss_in_bfloat16_is_as_exact_as_cross_entropy_under_autocast(nats):
     theirs = autocast(plain)
     assert exact[0].item() == pytest.approx(nats, abs=0.01) and ours[1].dtype == torch.float32
     for a, b, c in zip(ours, theirs, exact):
-        assert (a - c).norm() <= 2 * (b - c).norm() + 1e-5 * c.norm()
+        assert (a - c).norm() <= 2 * (b - c).norm() + 1e-4 * c.norm()
 
 
 def test_loss_of_the_model_is_cross_entropy_of_its_logits():
