@@ -3,16 +3,16 @@
     make compare                   4.1M tokens a run; says how long it takes before it starts: about two hours
     make compare SCALE=quick       a twelfth of it with one seed, in a quarter of an hour, to see that it works
 
-The text is that of `prepare_data.py python`. A model's learning rate is searched in runs of a quarter of the length,
-until the best has a worse one on either side. Next-token models whose steps are more than 15% faster or slower than
-gpt2.py's train once more, for as many seconds as gpt2.py's run takes. Steps are timed alone, on one thread
-(progressive.py's in stage 3, 85% of its run), then runs go on side by side, a thread each. Bits per byte are of all of
-val. An interrupted comparison resumes. Writes results/compare.md and results/compare.svg.
+The text is that of `prepare_data.py python`. Learning rates are searched in runs of a quarter of the length, until the
+best has a worse one on either side. Next-token models whose steps are over 15% faster or slower than gpt2.py's train
+once more, for as many seconds as its run takes. Steps are timed alone, on one thread (progressive.py's in stage 3, 85%
+of its run). Bits per byte are of all of val. It resumes. Writes results/compare.md and results/compare.svg.
 """
 
 import json
 import math
 import os
+import re
 import statistics
 import sys
 
@@ -91,11 +91,12 @@ def main(scale):
     found = side_by_side(lambda submit: compare(submit, steps, seeds, seconds))
 
     base, where = found["gpt2"][2], "results" if scale == "full" else "out/compare"
+    sizes = {name: re.findall("([0-9,]+) parameters", runs[0][0])[-1] for name, (_, _, runs, *_) in found.items()}
     table = [
         f"{base[0][1][-1]['tokens'] / 1e6:.1f}M tokens a run, {len(seeds)} seeds. {machine()}, a thread a run.\n",
         "| | parameters | rate | ms per step | bits per byte, equal tokens | steps | bits per byte, equal time |",
         "| --- " * 7 + "|",
-        *(f"| {name} | {runs[0][0].split()[0]} | {best:g} of {', '.join(f'{rate:g}' for rate in rates)} "
+        *(f"| {name} | {sizes[name]} | {best:g} of {', '.join(f'{rate:g}' for rate in rates)} "
           f"| {1000 * seconds[name]:.0f} | {against(runs, runs if '64' in name else base)} | {timed or ''} "
           f"| {against(others, base)} |"
           for name, (rates, best, runs, timed, others) in found.items()),

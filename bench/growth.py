@@ -43,7 +43,6 @@ def draw(figure, rows):
         axis.set_xscale("log", base=2)
         axis.set_xticks(CONTEXTS, map("{:,}".format, CONTEXTS))
         axis.set(yscale="log", title=title)
-    figure.subplots_adjust(hspace=0.35, wspace=0.5)
 
 
 if __name__ == "__main__":

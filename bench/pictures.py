@@ -64,10 +64,11 @@ def write_tokens(name, vocab_size, draw):
 
 
 def lines(figure, names):
-    """Training losses over steps."""
+    """Training losses over steps, each the mean of five rows of the log."""
     axis = figure.subplots()
     for name in names:
-        curve(axis, [(row["step"], row["train_loss"]) for row in log(f"out/pictures/{name}")], name)
+        steps, losses = zip(*((row["step"], row["train_loss"]) for row in log(f"out/pictures/{name}")))
+        curve(axis, [*zip(steps[4:], np.convolve(losses, np.full(5, 0.2), "valid"))], name)
     axis.set(xlabel="optimizer steps", ylabel="training loss, nats per token")
     return axis
 
@@ -147,7 +148,7 @@ def draw_triangles(figure):
         for layer, (axis, image) in enumerate(zip(axes, images), 1):
             image = image.sign() * image.abs().sqrt()  # so that small weights are seen
             most = image.abs().quantile(0.999).item()
-            axis.imshow(image.where(image != 0, math.nan), cmap="RdBu", vmin=-most, vmax=most)
+            axis.imshow(image.where(image != 0, math.nan), cmap="RdBu", vmin=-most, vmax=most, zorder=2)
             axis.set_title(f"{name}, layer {layer}")
 
 
@@ -156,12 +157,9 @@ def main():
         shell("prepare_data.py stdlib")
     write_tokens("iid", 4, lambda rng, *size: [rng.integers(4, size=size)])
     write_tokens("named", 288, named)
-    runs = ((command, f"out/pictures/{name}") for name, command in RUNS.items())
-    side_by_side(lambda submit: [run.result() for run in [submit(*run) for run in runs]])
-    picture("results/leak.svg", (8, 3.5), draw_leak)
-    picture("results/ahead.svg", (8, 3.5), draw_ahead)
-    picture("results/switch.svg", (8, 3.5), draw_switch)
-    picture("results/recall.svg", (8, 4), draw_recall)
+    side_by_side(lambda submit: [run.result() for run in [submit(c, f"out/pictures/{n}") for n, c in RUNS.items()]])
+    for draw in (draw_leak, draw_ahead, draw_switch, draw_recall):
+        picture(f"results/{draw.__name__[5:]}.svg", (8, 3.5), draw)
     picture("results/triangles.png", (9, 6), draw_triangles)
 
 

@@ -64,8 +64,9 @@ def picture(path, size, draw):
     """Has draw(figure) draw, without a background and in colours that are legible on white and on black."""
     matplotlib.rcParams.update({k: GREY for k in ("text.color", "axes.labelcolor", "axes.edgecolor")})
     matplotlib.rcParams.update({"xtick.color": GREY, "ytick.color": GREY, "svg.hashsalt": path, "font.size": 11})
-    figure = Figure(figsize=size)
+    figure = Figure(figsize=size, layout="constrained")
     draw(figure)
+    figure.draw_without_rendering()  # lays it out
     for axis in figure.axes:
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(color=GREY, alpha=0.25)

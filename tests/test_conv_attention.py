@@ -98,7 +98,7 @@ def test_one_ahead_each_level_is_computed_at_every_fourth_step_of_the_one_above(
     assert [runs.count(depth) for depth in range(4)] == [128, 32, 8, 2]
 
 
-@pytest.mark.parametrize("ahead, expander", [(1, "local"), (64, "sequence")])
+@pytest.mark.parametrize("ahead, expander", [(1, "local"), (64, "local"), (64, "sequence")])
 @torch.no_grad()
 def test_every_parameter_has_an_effect(ahead, expander):
     model, idx = tiny(ahead=ahead, expander=expander), torch.randint(50, (1, 256))
