@@ -1,8 +1,8 @@
 """Five pictures in results/, for which small models are trained first: an hour on two cores, and it resumes.
 
-leak: four symbols, each drawn by itself. ahead: nats by position in a block of 64 that is predicted at once. recall:
-names with a value that each text draws anew, so that what to copy and from where depends on the text. switch:
-progressive.py and a GPT-2 of its final size. triangles: what a mixer's layers learn, and GPT-2's mean attention.
+leak: four symbols, each drawn by itself. ahead: nats by position in a block of 64 predicted at once. switch: three
+seeds of progressive.py and of a GPT-2 of its final size. recall: names whose values each text draws anew, so that where
+to copy from depends on the text. triangles: what a mixer's layers learn, and GPT-2's mean attention.
 """
 
 import json
@@ -11,7 +11,7 @@ import math
 import numpy as np
 import torch
 from compare import MODELS
-from runs import GREY, ROOT, curve, log, picture, side_by_side
+from runs import GREY, ROOT, curve, final, log, mean_and_error, picture, side_by_side, train
 from train import shell
 
 import gpt2
@@ -21,8 +21,7 @@ IID = "--data data/iid --device cpu --block-size 128 --batch-size 16 --micro-bat
 IID += "--max-steps 600 --warmup-steps 50 --eval-interval 600 --log-interval 5 --learning-rate 1e-3"
 RECALL = "--device cpu --block-size 128 --batch-size 32 --micro-batch 32 --max-steps 1000 "
 RECALL += "--warmup-steps 100 --eval-interval 1000 --learning-rate 2e-3"
-TEXT = "--device cpu --max-steps 1000 --eval-interval 1000 --log-interval 10 --learning-rate 4e-3"
-LATE = "--stages 0.33,0.67 --lora-rank 16 --lora-alpha 32"  # later than the default: easier to see
+TEXT = "--device cpu --max-steps 1000 --eval-interval 1000 --log-interval 2 --learning-rate"
 AHEAD = "--n-layer 0,0,0,2,0,0,0 --n-embd 256 --widths 1,1,1 --n-head 4 --batch-size 8 --micro-batch 8 --device cpu "
 AHEAD += "--max-steps 1200 --warmup-steps 50 --learning-rate 2e-3 --eval-interval 60"
 RUNS = {
@@ -30,11 +29,11 @@ RUNS = {
     "ours, 1 ahead": f"conv_attention.py {IID} --ahead 1",
     "the source's expander": f"conv_attention.py {IID} --expander sequence",
     "64 ahead": f"conv_attention.py {AHEAD}",
-    "gpt2, 12 blocks": f"gpt2.py {TEXT} --n-layer 12 --n-head 4 --n-embd 72",
-    "progressive": f"progressive.py {TEXT} --n-layer 12 --n-head 4 --n-embd 72 {LATE}",
-    "gpt2, 3 blocks": f"gpt2.py {TEXT} --n-layer 3 --n-head 4 --n-embd 128",
-    "mixer": f"mixer.py {TEXT} --n-layer 3 --n-embd 128 --block-size 256 --batch-size 8 --micro-batch 8",
+    "gpt2, 3 blocks": f"gpt2.py {TEXT} 4e-3 --n-layer 3 --n-head 4 --n-embd 128",
+    "mixer": f"mixer.py {TEXT} 4e-3 --n-layer 3 --n-embd 128 --block-size 256 --batch-size 8 --micro-batch 8",
 }
+SEEDS = {name: [f"{name}, seed {seed}" for seed in (1337, 1, 2)] for name in ("gpt2", "progressive")}  # 12 layers
+RUNS |= {run: f"{name}.py {TEXT} 2e-3 --{run.split(', ')[1]}" for name, runs in SEEDS.items() for run in runs}
 RECALLING = [name for name in MODELS if "64" not in name]  # 64 ahead is no next token
 RUNS |= {f"named {name}": f"{MODELS[name][0]} --data data/named {RECALL}" for name in RECALLING}
 BACK = [4, 8, 16, 32, 64]
@@ -81,15 +80,18 @@ def draw_leak(figure):
 
 
 def draw_switch(figure):
-    axis, rows = lines(figure, ["gpt2, 12 blocks", "progressive"]), log("out/pictures/progressive")
-    for share, blocks in zip((0.33, 0.67), (6, 12)):  # as in LATE
-        step = share * rows[-1]["step"]
-        loss = next(row["train_loss"] for row in rows if row["step"] >= step)
+    """Draws the losses around both switches, and prints how far all of val is after three seeds."""
+    axis = lines(figure, [runs[0] for runs in SEEDS.values()])
+    for name, runs in SEEDS.items():
+        nats = [final(train(RUNS[run], f"out/pictures/{run}"), "nats") for run in runs]
+        print("{}: {:.4f} ± {:.4f} nats, {}".format(name, *mean_and_error(nats), nats))
+    for step, blocks in ((50, 6), (150, 12)):
         axis.axvline(step, color=GREY, ls="--")
-        axis.annotate(f" {blocks} blocks", (step, 6.8), color=GREY)
-    axis.set_ylim(4, 7)
+        axis.annotate(f" {blocks} blocks", (step, 7.8), color=GREY)
+    loss = np.interp(step, *axis.lines[1].get_data())
     arrow = {"color": "#d2691e", "arrowprops": {"arrowstyle": "<-", "color": "#d2691e"}, "ha": "center"}
     axis.annotate("the source's jump, 1.92 to 3.19", (step, loss), (step, loss + 3.19 - 1.92), **arrow)
+    axis.set_xlim(0, 400)
 
 
 @torch.no_grad()
