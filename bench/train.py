@@ -4,9 +4,8 @@
     python bench/train.py --nanogpt DIR          and gpt2.py beside nanoGPT; DIR: a clone of github.com/karpathy/nanoGPT
     python bench/train.py "/old/gpt2.py --dtype float32" "gpt2.py --dtype float32"          any two or more commands
 
-Every contestant is a process of its own, because memory that a process keeps is part of its speed. They take turns of
-two steps (A B A B ...): forward, backward, clipping, optimizer, on random tokens. Prints median tokens/s, peak memory
-above what imports take, and the ratios of the last one to the fastest other.
+Each contestant is a process, because memory that a process keeps is part of its speed. They take turns of two training
+steps on random tokens. Prints median tokens/s, peak memory above what imports take, ratios of the last to the fastest.
 """
 
 import argparse
