@@ -98,8 +98,9 @@ def draw_switch(figure):
 def draw_ahead(figure):
     """Prints and draws nats by position in a block, of all blocks of val.bin with 960 tokens before them."""
     axis, model = figure.subplots(), sample.load(ROOT / "out/pictures/64 ahead/ckpt.pt")[0]
-    train, val = (torch.from_numpy(gpt2.open_data(model.cfg.data)[2][s].astype(np.int64)) for s in ("train", "val"))
-    p, blocks = (train.bincount(minlength=model.cfg.vocab_size) + 1) / len(train), val.unfold(0, 1024, 64)
+    splits = gpt2.open_data(ROOT / model.cfg.data)[2]
+    counts, blocks = np.bincount(splits["train"], minlength=model.cfg.vocab_size) + 1.0, splits["val"].astype(np.int64)
+    p, blocks = torch.from_numpy(counts / counts.sum()), torch.from_numpy(blocks).unfold(0, 1024, 64)
     nats = {"token frequencies": 0, "mixed with those of 960 tokens": 0, "64 ahead": 0}
     for rows in blocks.split(16):
         text, block = rows.split([960, 64], 1)

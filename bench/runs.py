@@ -92,8 +92,7 @@ def plot(folders):
         for axis, (column, unit, label) in zip(figure.subplots(1, 2, sharey=True), units):
             for folder in folders:
                 curve(axis, [(row[column] / unit, row["val_loss"]) for row in log(folder) if row["val_loss"]], folder)
-            axis.set_xlabel(label)
-        figure.axes[0].set_ylabel("validation loss, nats per token")
+            axis.set(xlabel=label, ylabel="validation loss, nats per token")
 
     picture("out/plot.svg", (11, 4), draw)
 
