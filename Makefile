@@ -9,7 +9,7 @@ ARGS ?=
 SCALE ?= full
 NANOGPT ?=
 PROMPT ?= def main(
-RUNS ?= $(wildcard out/*)
+RUNS ?= $(patsubst %/log.csv,%,$(wildcard out/*/log.csv))
 PY := .venv/bin/python
 export DATASET TOKENIZER NANOGPT PROMPT # the shell quotes them: "$$PROMPT" may hold any character
 
@@ -53,7 +53,9 @@ compare: .venv/installed-dev
 	$(PY) bench/compare.py '$(SCALE)'
 
 plot: .venv/installed-dev
-	$(PY) bench/runs.py $(RUNS)
+	$(foreach run,$(RUNS),$(if $(wildcard $(run)/log.csv),,$(error $(run): no log.csv in this folder)))
+	$(PY) bench/runs.py $(or $(RUNS),$(error no run in out/ yet. Try make demo))
+	@echo 'Drawn: out/plot.svg'
 
 march: .venv/installed-dev
 	$(PY) bench/march.py

@@ -2,9 +2,8 @@
 
     python bench/blanks.py out/masked out/spans out/next       the three runs of results/scratch_former.md
 
-Losses are compared with token frequencies in the training text. The twenty hidden tokens are chosen before looking:
-every 500th of those in val.bin that are a keyword, a bracket, or a whole name seen a hundred times in training. A model
-sees 60 tokens on either side and fills the blank greedily. Prints two tables, draws results/blanks.svg.
+The twenty hidden tokens are chosen before looking: every 500th of those in val.bin that are a keyword, a bracket, or a
+whole name seen a hundred times in training. A model sees 60 tokens on either side. Draws results/blanks.svg, too.
 """
 
 import keyword

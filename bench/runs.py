@@ -91,10 +91,11 @@ def plot(folders):
         units = ("tokens", 1e6, "tokens, millions"), ("seconds", 60, "minutes of training")
         for axis, (column, unit, label) in zip(figure.subplots(1, 2, sharey=True), units):
             for folder in folders:
-                curve(axis, [(row[column] / unit, row["val_loss"]) for row in log(folder) if row["val_loss"]], folder)
+                points = [(row[column] / unit, row["val_loss"]) for row in log(folder) if row["val_loss"]]
+                curve(axis, points, folder.removeprefix("out/"))
             axis.set(xlabel=label, ylabel="validation loss, nats per token")
 
-    picture("out/plot.svg", (11, 4), draw)
+    picture("out/plot.svg", (13, 4), draw)
 
 
 if __name__ == "__main__":
