@@ -62,11 +62,11 @@ def write_tokens(name, vocab_size, draw):
     (path / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
 
 
-def lines(figure, names):
-    """Training losses over steps, each the mean of five rows of the log."""
+def lines(figure, names, rows=None):
+    """Training losses over steps, each the mean of five rows of the log, of which there are `rows` or all."""
     axis = figure.subplots()
     for name in names:
-        steps, losses = zip(*((row["step"], row["train_loss"]) for row in log(f"out/pictures/{name}")))
+        steps, losses = zip(*((row["step"], row["train_loss"]) for row in log(f"out/pictures/{name}")[:rows]))
         curve(axis, [*zip(steps[4:], np.convolve(losses, np.full(5, 0.2), "valid"))], name)
     axis.set(xlabel="optimizer steps", ylabel="training loss, nats per token")
     return axis
@@ -81,7 +81,7 @@ def draw_leak(figure):
 
 def draw_switch(figure):
     """Draws the losses around both switches, and prints how far all of val is after three seeds."""
-    axis = lines(figure, [runs[0] for runs in SEEDS.values()])
+    axis = lines(figure, [runs[0] for runs in SEEDS.values()], rows=200)
     for name, runs in SEEDS.items():
         nats = [final(train(RUNS[run], f"out/pictures/{run}"), "nats") for run in runs]
         print("{}: {:.4f} ± {:.4f} nats, {}".format(name, *mean_and_error(nats), nats))
@@ -91,7 +91,6 @@ def draw_switch(figure):
     loss = np.interp(step, *axis.lines[1].get_data())
     arrow = {"color": "#d2691e", "arrowprops": {"arrowstyle": "<-", "color": "#d2691e"}, "ha": "center"}
     axis.annotate("the source's jump, 1.92 to 3.19", (step, loss), (step, loss + 3.19 - 1.92), **arrow)
-    axis.set_xlim(0, 400)
 
 
 @torch.no_grad()
