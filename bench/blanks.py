@@ -2,8 +2,8 @@
 
     python bench/blanks.py out/masked out/spans out/next       the three runs of results/scratch_former.md
 
-The twenty hidden tokens are chosen before looking: every 500th of those in val.bin that are a keyword, a bracket, or a
-whole name seen a hundred times in training. A model sees 60 tokens on either side. Draws results/blanks.svg, too.
+The twenty hidden tokens are chosen by a rule: every 500th of those in val.bin that are a keyword, a bracket, or a whole
+name seen a hundred times in training. A model sees 60 tokens on either side. Draws results/blanks.svg, too.
 """
 
 import keyword
