@@ -1,26 +1,34 @@
 """GPT-2: the baseline that every other file here is compared with.
 
-    idx (B, T)
-      |   wte[idx] + wpe[0..T-1]            a vector for each token, one for each position
-      v
-    x (B, T, C) --+-------------------+--> x      n_layer times: a block reads the residual stream x and adds to it
-                  |                   ^
-                  +-> ln_1 -> attn ---+           attention: a position gathers from positions up to itself
-                  +-> ln_2 -> mlp  ---+           feed-forward: each position by itself
-      |
-      v   ln_f, then the transpose of wte   the head shares the weights of the token embedding
-    logits (B, T, V)                        row i scores token i + 1
+    idx (B, T)                            the token ids of B texts
+    |    wte[idx] + wpe[0 .. T-1]         a vector for each token, and one for each position
+    v
+    x ---+      (B, T, C)                 the residual stream: C numbers for each position
+    |    ln_1
+    |    attn                             attention: a position reads the positions up to itself
+    + <--+
+    x ---+                                a block has two sums; there are n_layer blocks
+    |    ln_2
+    |    mlp                              feed-forward network: each position by itself
+    + <--+
+    |    ln_f, then the transpose of wte  the head shares the weights of the token embedding
+    v
+    logits (B, T, V)                      row i scores token i + 1
 
-Source: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners", section 2.3, on the GPT of
-Radford et al. 2018. Weights have OpenAI's names, so that theirs load here one to one (Linear transposed).
+Source: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners", section 2.3, on
+the GPT of Radford et al. 2018. The parameters have OpenAI's names, so OpenAI's weights can be
+loaded. OpenAI stores the matrices of its linear layers transposed.
 
-    python gpt2.py --preset demo                                      two minutes on a laptop's CPU
-    python gpt2.py --preset gpt2 --device cuda --data data/NAME       124M parameters on one GPU
+    python gpt2.py --preset demo                                  two minutes on a laptop's CPU
+    python gpt2.py --preset gpt2 --device cuda --data data/NAME   124M parameters on one GPU
 
-The other model files differ from this one in the network and in the three functions that follow it: diff them.
+The loss begins near ln V, as if all tokens were equally likely: 8.3 nats for 4,096 of them. The
+other model files differ from this one in the network and in the three functions below it. Compare
+them: diff gpt2.py progressive.py
 """
 
 import argparse
+import csv
 import inspect
 import json
 import math
@@ -28,83 +36,51 @@ import os
 import re
 import signal
 import sys
+import threading
 import time
 import zipfile
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+
+# On Linux, a thread that waits for others keeps its core busy, so that one other busy program makes
+# training up to 30 times slower. Now it sleeps after 1,000 tries (4% slower on an idle machine).
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.utils.flop_counter import FlopCounterMode
 
 
 @dataclass
 class Config:
-    # The network. A checkpoint fixes these; the options below may change when a run is resumed.
-    vocab_size: int = 50257  # vocabulary size; training takes that of its data set
+    # The network: the fields above `data`. A checkpoint fixes them.
+    vocab_size: int = 50257  # vocabulary size; training takes it from the data set
     block_size: int = 256  # longest context, in tokens
     n_layer: int = 12  # blocks
     n_head: int = 6  # attention heads
     n_embd: int = 192  # width of the residual stream, in channels
-    dropout: float = 0.0  # probability, at the embedding, attention weights and the output of each sublayer
-    # The run.
+    eot: int = -1  # id of the end of text (-1: the last id); training takes it from the data set
+    # The run. These fields may change when a run is resumed.
     data: str = "data/stdlib"  # folder that prepare_data.py wrote
-    out: str = "out/gpt2"  # folder for ckpt.pt, best.pt and log.csv
+    out: str = f"out/{Path(__file__).stem}"  # folder for ckpt.pt, best.pt and log.csv
     device: str = "auto"  # cpu, cuda, cuda:1, mps; auto: a CUDA GPU if there is one
-    dtype: str = "auto"  # float32 or bfloat16 (autocast); auto: bfloat16 where it is fast
-    compile: bool | None = None  # torch.compile; None: on CUDA only
-    seed: int = 1337  # of weights, batches and dropout
+    dtype: str = "auto"  # float32, or bfloat16 or float16 (autocast); auto: a fast one
+    compile: bool | None = None  # torch.compile; None: on NVIDIA's GPUs since 2017, under Linux
+    seed: int = 1337  # of the initial weights, the batches and dropout
     max_steps: int = 80_000  # optimizer steps
-    batch_size: int = 8  # sequences per optimizer step, over all devices
-    micro_batch: int = 8  # sequences per forward pass on one device; gradients accumulate to batch_size
+    batch_size: int = 8  # sequences in an optimizer step, over all devices
+    micro_batch: int = 8  # sequences in a forward pass on one device; gradients add up to the batch
     eval_interval: int = 500  # steps between evaluations, each followed by a checkpoint
-    eval_tokens: int = 2**16  # tokens at the start of val.bin that these evaluations score
+    eval_tokens: int = 2**16  # tokens that such an evaluation scores, from the start of val.bin
     log_interval: int = 10  # steps between lines of log.csv
-    learning_rate: float = 6e-4  # peak
+    learning_rate: float = 6e-4  # peak learning rate
     warmup_steps: int = 100  # steps of linear warm-up, before a cosine decay to zero
     weight_decay: float = 0.1  # of matrices and embeddings, not of biases and norms
-    grad_clip: float = 1.0  # largest norm of the gradient
-
-
-# Learning rates of the four sizes: Brown et al. 2020 (GPT-3), table 2.1. 2**19 = 512 x 1024, ~0.5M tokens per step.
-_GPT2 = dict(block_size=1024, batch_size=512, micro_batch=16, max_steps=20_000, warmup_steps=700)
-PRESETS = {
-    "demo": dict(n_layer=2, n_head=4, n_embd=128, max_steps=1150, eval_interval=250, log_interval=50,
-                 learning_rate=4e-3, warmup_steps=60),
-    "report": dict(n_layer=6, n_head=6, n_embd=384, dropout=0.2, batch_size=64, micro_batch=64, max_steps=5000,
-                   learning_rate=3e-4),
-    "gpt2": dict(n_layer=12, n_head=12, n_embd=768, learning_rate=6e-4, **_GPT2),
-    "gpt2-medium": dict(n_layer=24, n_head=16, n_embd=1024, learning_rate=3e-4, **_GPT2),
-    "gpt2-large": dict(n_layer=36, n_head=20, n_embd=1280, learning_rate=2.5e-4, **_GPT2),
-    "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600, learning_rate=2e-4, **_GPT2),
-}  # fmt: skip
-
-
-class Cache:
-    """Keys and values of the tokens fed so far, (n_layer, B, n_head, block_size, head size) each, `length` filled."""
-
-    def __init__(self, cfg, batch_size, like):
-        shape = (cfg.n_layer, batch_size, cfg.n_head, cfg.block_size, cfg.n_embd // cfg.n_head)
-        self.k, self.v, self.length = like.new_empty(shape), like.new_empty(shape), 0
-
-    def append(self, layer, k, v):
-        """Stores a layer's new keys and values (B, nh, T, hs); returns all of them (B, nh, length + T, hs)."""
-        end = self.length + k.size(2)
-        self.k[layer, :, :, self.length : end], self.v[layer, :, :, self.length : end] = k, v
-        return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
-
-    def select(self, rows):
-        """Makes row i of the batch what row rows[i] was: keeps, repeats or reorders them."""
-        old, end = (self.k, self.v), self.length
-        if len(rows) != self.k.size(1):
-            self.k, self.v = (x.new_empty(len(x), len(rows), *x.shape[2:]) for x in old)
-        moved = [(i, int(j)) for i, j in enumerate(rows) if i != j or self.k is not old[0]]  # the others stay
-        for new, x in zip((self.k, self.v), old):
-            for (i, _), row in zip(moved, [x[:, j, :, :end].clone() for _, j in moved]):
-                new[:, i, :, :end] = row
+    grad_clip: float = 1.0  # a gradient whose norm is larger is scaled down to it; 0: no limit
+    dropout: float = 0.0  # probability, after embeddings and sublayers and on attention weights
 
 
 class Attention(nn.Module):
@@ -112,29 +88,39 @@ class Attention(nn.Module):
 
     def __init__(self, cfg):
         super().__init__()
-        self.n_head, self.dropout = cfg.n_head, cfg.dropout
-        self.c_attn = nn.Linear(cfg.n_embd, 3 * cfg.n_embd)
+        self.n_head = cfg.n_head
+        self.dropout = cfg.dropout
+        self.c_attn = nn.Linear(cfg.n_embd, 3 * cfg.n_embd)  # queries, keys and values of all heads
         self.c_proj = nn.Linear(cfg.n_embd, cfg.n_embd)
 
     def forward(self, x, cache=None, layer=0):
         B, T, C = x.shape
-        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, nh, T, hs) each
+        hs = C // self.n_head  # head size
+        qkv = self.c_attn(x).view(B, T, 3, self.n_head, hs)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, T, 3, nh, hs) -> three times (B, nh, T, hs)
         if cache is not None:
-            k, v = cache.append(layer, k, v)  # (B, nh, S, hs), S = tokens before + T
-        S, dropout = k.size(2), self.dropout if self.training else 0.0
-        plain = q.device.type == "cpu" and q.dtype == torch.bfloat16 and 1 < T and S < 512  # up to twice as fast there
-        mask = q.new_full((T, S), -math.inf).triu(S - T + 1) if plain or 1 < T < S else None  # query t is at S - T + t
-        if plain:
-            weights = (q / math.sqrt(C // self.n_head) @ k.mT + mask).softmax(-1)  # (B, nh, T, S)
-            y = F.dropout(weights, dropout) @ v  # (B, nh, T, hs)
-        else:  # the same, without ever holding the weights in memory
-            y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=1 < T == S)
+            # In sampling, see Cache below: (B, nh, S, hs), S - T earlier tokens, then the new T.
+            k, v = cache.append(layer, k, v)
+        S = k.size(2)
+        dropout = self.dropout if self.training else 0.0
+
+        # The mask is added to the scores: 0 for a key that a query may see, -inf for a later token.
+        # Query i is token S - T + i of the text. A single query is the last token: it may see all.
+        mask = None
+        # On a CPU in bfloat16, the formula of attention makes a training step 10% to 20% faster.
+        by_formula = q.device.type == "cpu" and q.dtype == torch.bfloat16 and 1 < T and S < 512
+        if by_formula or 1 < T < S:
+            mask = q.new_full((T, S), -math.inf).triu(S - T + 1)  # (T, S)
+        if by_formula:
+            scores = q / math.sqrt(hs) @ k.transpose(-2, -1) + mask  # (B, nh, T, S)
+            y = F.dropout(scores.softmax(-1), dropout) @ v  # (B, nh, T, hs)
+        else:  # torch's function computes the same; is_causal stands for the mask when T == S
+            y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=(T == S))
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))  # (B, nh, T, hs) -> (B, T, C)
 
 
 class MLP(nn.Module):
-    """Feed-forward: C -> 4C -> C, with the tanh form of GELU (Hendrycks and Gimpel 2016, section 2)."""
+    """Feed-forward: C -> 4C -> C, with GELU by tanh (Hendrycks and Gimpel 2016, section 2)."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -148,8 +134,10 @@ class MLP(nn.Module):
 class Block(nn.Module):
     def __init__(self, cfg):
         super().__init__()
-        self.ln_1, self.attn = nn.LayerNorm(cfg.n_embd), Attention(cfg)
-        self.ln_2, self.mlp = nn.LayerNorm(cfg.n_embd), MLP(cfg)
+        self.ln_1 = nn.LayerNorm(cfg.n_embd)
+        self.attn = Attention(cfg)
+        self.ln_2 = nn.LayerNorm(cfg.n_embd)
+        self.mlp = MLP(cfg)
         self.drop = nn.Dropout(cfg.dropout)
 
     def forward(self, x, cache=None, layer=0):
@@ -157,66 +145,140 @@ class Block(nn.Module):
         return x + self.drop(self.mlp(self.ln_2(x)))
 
 
-class Model(nn.Module):
-    """GPT-2. model(idx) -> logits (B, T, V); model(idx, targets) -> mean cross-entropy in nats, a scalar;
-    model(idx, cache=cache) -> logits (B, 1, V) for the token after idx, which continues what the cache has seen.
-    Raises ValueError for heads that do not divide the width, and for a text longer than block_size."""
+# What every model file has. The training loop below and sample.py ask for no more than this:
+#
+#   model(idx)               logits (B, T, V); row i scores token i + model.ahead
+#   model(idx, targets)      the mean loss, in nats per token, a scalar; targets of -1 do not count
+#   model.ahead              1, but conv_attention.py can predict 64 tokens at once
+#   model.likelihood         True: the loss is -log p(text), so it can be given in bits per byte;
+#                            False: it is of hidden tokens only (scratch_former.py)
+#   model.new_cache(B)       an empty cache, for B texts that are read piece by piece
+#   model(idx, cache=cache)  reads the new tokens idx; logits (B, ahead, V) of the tokens after them
+#   cache.length             the number of tokens read so far
+#   cache.select(rows)       text i is replaced by text rows[i], as beam search needs it
+#   configure_optimizer, learning_rate, grow    three functions that the training loop calls
 
-    ahead = 1  # row i of the logits scores token i + ahead
-    likelihood = True  # of the text: the loss has a meaning in bits per byte
+
+class Model(nn.Module):
+    """GPT-2, as in the drawing at the top of this file."""
+
+    ahead = 1
+    likelihood = True
 
     def __init__(self, cfg):
         super().__init__()
         if cfg.n_embd % cfg.n_head:
-            raise ValueError(f"n_embd {cfg.n_embd} is not a multiple of n_head {cfg.n_head}")
+            raise UserError(f"n_embd {cfg.n_embd} is not a multiple of n_head {cfg.n_head}")
         self.cfg = cfg
-        padded = math.ceil(cfg.vocab_size / 64) * 64  # for faster matmuls; padded logits are sliced off
+        padded = math.ceil(cfg.vocab_size / 64) * 64  # matrix products of such a size are faster
         self.wte = nn.Embedding(padded, cfg.n_embd)
         self.wpe = nn.Embedding(cfg.block_size, cfg.n_embd)
         self.drop = nn.Dropout(cfg.dropout)
         self.h = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layer))
         self.ln_f = nn.LayerNorm(cfg.n_embd)
         self.lm_head = nn.Linear(cfg.n_embd, padded, bias=False)
-        self.lm_head.weight = self.wte.weight
+        self.lm_head.weight = self.wte.weight  # one matrix for both
         for name, p in self.named_parameters():
-            if p.dim() == 2:  # residual projections are scaled by 1 / sqrt(2 n_layer): that many are added up
-                nn.init.normal_(p, std=0.02 / math.sqrt(2 * cfg.n_layer) if "c_proj" in name else 0.02)
+            if p.dim() >= 2:
+                std = 0.02
+                if "c_proj" in name:  # x becomes the sum of 2 n_layer outputs of such layers
+                    std /= math.sqrt(2 * cfg.n_layer)
+                nn.init.normal_(p, std=std)
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
 
     def forward(self, idx, targets=None, cache=None):
-        T, past = idx.size(1), cache.length if cache is not None else 0
+        T = idx.size(1)
+        past = 0 if cache is None else cache.length  # tokens before idx
         if past + T > self.cfg.block_size:
-            raise ValueError(f"{past + T} tokens do not fit block_size {self.cfg.block_size}")
-        x = self.drop(self.wte(idx) + self.wpe(torch.arange(past, past + T, device=idx.device)))  # (B, T, C)
+            raise UserError(f"{past + T} tokens do not fit block_size {self.cfg.block_size}")
+        positions = torch.arange(past, past + T, device=idx.device)
+        x = self.drop(self.wte(idx) + self.wpe(positions))  # (B, T, C)
         for layer, block in enumerate(self.h):
             x = block(x, cache, layer)
         if cache is not None:
             cache.length += T
-            x = x[:, -self.ahead :]
+            x = x[:, -1:]  # only the token after idx is asked for
         x = self.ln_f(x)
-        if targets is not None:
+        if targets is not None:  # F.cross_entropy of the logits, in less memory: see below
             return linear_cross_entropy(x, self.lm_head.weight, targets, self.cfg.vocab_size)
-        return self.lm_head(x)[..., : self.cfg.vocab_size]  # (B, T, V)
+        return self.lm_head(x)[..., : self.cfg.vocab_size]  # (B, T, V), without the padding
 
     def new_cache(self, batch_size):
-        return Cache(self.cfg, batch_size, self.wte.weight)
+        return Cache(self, batch_size)
 
 
-# What the training below asks of each file: an optimizer, a learning rate for each step, and whether to grow.
+class Cache:
+    """The keys and values of all tokens read so far, so that one more token costs the work of one.
+
+    They stay valid, because the keys and values of a token do not depend on later tokens: attention
+    looks back only, and everything else in the network treats each position by itself.
+    """
+
+    def __init__(self, model, batch_size):
+        cfg = model.cfg
+        shape = (cfg.n_layer, batch_size, cfg.n_head, cfg.block_size, cfg.n_embd // cfg.n_head)
+        self.k = model.wte.weight.new_empty(shape)
+        self.v = model.wte.weight.new_empty(shape)
+        self.length = 0  # positions that are filled, the same in all layers
+
+    def append(self, layer, k, v):
+        """Stores the new keys and values of a layer, (B, nh, T, hs), and returns those of all
+        tokens, (B, nh, length + T, hs). When all layers have stored theirs, `length` goes up by T.
+        """
+        end = self.length + k.size(2)
+        self.k[layer, :, :, self.length : end] = k
+        self.v[layer, :, :, self.length : end] = v
+        return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
+
+    def select(self, rows):
+        """Text i is replaced by text rows[i]. Beam search does this at every step, but few texts
+        move then. Only these are copied, and only the positions that are filled."""
+        rows = torch.as_tensor(rows).tolist()
+        if len(rows) != self.k.size(1):  # another number of texts
+            self.k = self.k[:, rows]
+            self.v = self.v[:, rows]
+            return
+        moved = [i for i, row in enumerate(rows) if row != i]
+        for x in (self.k, self.v):
+            copies = [x[:, rows[i], :, : self.length].clone() for i in moved]
+            for i, copy in zip(moved, copies):
+                x[:, i, :, : self.length] = copy
+
+
+# Named sizes and their training. For OpenAI's sizes, learning rates are those of GPT-3 (Brown et
+# al. 2020, table 2.1), and a step has 512 x 1024 = 2**19 tokens, about 0.5M.
+DEMO = dict(max_steps=1150, eval_interval=250, log_interval=50, learning_rate=4e-3, warmup_steps=60)
+REPORT = dict(dropout=0.2, batch_size=64, micro_batch=64, max_steps=5000, learning_rate=3e-4)
+GPT2 = dict(block_size=1024, batch_size=512, micro_batch=16, max_steps=20_000, warmup_steps=700)
+PRESETS = {
+    "demo": dict(n_layer=2, n_head=4, n_embd=128, **DEMO),
+    "report": dict(n_layer=6, n_head=6, n_embd=384, **REPORT),
+    "gpt2": dict(n_layer=12, n_head=12, n_embd=768, learning_rate=6e-4, **GPT2),
+    "gpt2-medium": dict(n_layer=24, n_head=16, n_embd=1024, learning_rate=3e-4, **GPT2),
+    "gpt2-large": dict(n_layer=36, n_head=20, n_embd=1280, learning_rate=2.5e-4, **GPT2),
+    "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600, learning_rate=2e-4, **GPT2),
+}
+
+
+# The three functions that the training loop calls. Each model file has its own.
 
 
 def configure_optimizer(model, cfg):
-    """AdamW (Loshchilov and Hutter 2019), with weight decay on matrices and embeddings, none on biases and norms."""
-    params = [p for p in model.parameters() if p.requires_grad]
-    decay, rest = [p for p in params if p.dim() >= 2], [p for p in params if p.dim() < 2]
-    groups = [{"params": decay, "weight_decay": cfg.weight_decay}, {"params": rest, "weight_decay": 0.0}]
+    """AdamW (Loshchilov and Hutter 2019), with weight decay on matrices and embeddings alone."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    matrices = [p for p in trained if p.dim() >= 2]
+    vectors = [p for p in trained if p.dim() < 2]  # biases and the weights of norms
+    groups = [
+        {"params": matrices, "weight_decay": cfg.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
     return torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
 
 
 def learning_rate(step, cfg):
-    """Learning rate at step `step`, counted from 0: linear warm-up to the peak, then a cosine to zero at max_steps."""
-    warmup = min(cfg.warmup_steps, cfg.max_steps // 2)  # a short run reaches the peak, too
+    """At step `step`, counted from 0: linear warm-up, then a cosine down to zero at max_steps."""
+    warmup = min(cfg.warmup_steps, cfg.max_steps // 2)  # at most half of a short run
     if step < warmup:
         return cfg.learning_rate * (step + 1) / warmup
     done = (step - warmup) / (cfg.max_steps - warmup)
@@ -224,63 +286,208 @@ def learning_rate(step, cfg):
 
 
 def grow(model, optimizer, cfg, step):
-    """Called before each step and after the last; returns True if it changed the network. GPT-2 never grows."""
+    """Called before each step and after the last. Returns True if it changed the network."""
     return False
 
 
 # --- training: the same lines in every model file ---
 
+# torchrun starts WORLD_SIZE processes, one for each device. RANK is the number of this one, from 0.
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
+RANK = int(os.environ.get("RANK", 0))
+FILE = Path(__file__).name  # a checkpoint says which file has its network
 
-def linear_cross_entropy(x, weight, targets, vocab_size, bias=None, **more):
-    """Mean cross-entropy in nats of logits x @ weight.T + bias, of which only some rows exist at a time. No mean with
-    reduction="none". x (B, T, C), weight (V, C), targets (B, T) or -1 to ignore one. Ids >= vocab_size are padding."""
-    padding = torch.arange(len(weight), device=x.device) >= vocab_size
-    bias = (weight.new_zeros(len(weight)) if bias is None else bias).masked_fill(padding, -math.inf)
-    x, targets = x.flatten(0, 1).to(weight.dtype), targets.flatten()
-    # The default options are 4 to 15 times slower on a CPU, and warn where torch.compile sets the flag by itself.
-    chunks = dict(batch_chunk_size=256, chunking_method=None, acc_policy="balanced") if x.device.type == "cpu" else {}
-    chunks = nn.LinearCrossEntropyOptions(allow_retain_graph=torch.compiler.is_compiling(), **chunks)
-    with torch.autocast(x.device.type, enabled=False):
-        return F.linear_cross_entropy(x, weight, targets, linear_bias=bias, ignore_index=-1, options=chunks, **more)
+
+class UserError(ValueError):
+    """Something that the user can put right: main prints it as one line, without a traceback."""
+
+
+def print0(text):
+    """Prints a line, in the first process only."""
+    if RANK == 0:
+        print(text, flush=True)
+
+
+def add_up(numbers, device):
+    """The sums of a list of numbers over all processes."""
+    if WORLD_SIZE == 1:
+        return numbers
+    sums = torch.tensor(numbers, dtype=torch.float64, device=device)
+    dist.all_reduce(sums)
+    return sums.tolist()
+
+
+# --- the loss
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """The mean cross-entropy of logits = x @ weight.T + bias, computed `chunk` rows at a time.
+
+    The gradient with respect to a row of logits is (softmax(logits) - one_hot(target)) / number of
+    rows. It is known as soon as the logits are. So forward computes all gradients, and keeps no
+    logits.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, targets, dtype, chunk, need_grad):
+        # x (N, C), weight (V, C), bias (V), targets (N, 1). Products in `dtype`, sums in float32.
+        w = weight.to(dtype)
+        loss = weight.new_zeros(())
+        grad_x, grad_weight, grad_bias = (torch.zeros_like(t) for t in (x, weight, bias))
+        # The two large matrices. All chunks use the same memory: with new memory for each of them,
+        # this is up to 1.8 times as slow on a CPU.
+        logits = w.new_empty(min(chunk, len(x)), len(w))  # (chunk, V)
+        p = torch.empty_like(logits, dtype=weight.dtype)  # (chunk, V), probabilities
+        for start in range(0, len(x), chunk):
+            rows = slice(start, start + chunk)
+            part = x[rows].to(dtype)  # (n, C), where n < chunk in the last chunk
+            logits, p = logits[: len(part)], p[: len(part)]
+            torch.addmm(bias.to(dtype), part, w.T, out=logits)
+            torch.softmax(p.copy_(logits), dim=1, out=p)
+            p_target = p.gather(1, targets[rows])  # (n, 1)
+            loss -= p_target.clamp(min=1e-38).log().sum()  # at most 87.5 nats a row
+            if need_grad:
+                p.scatter_(1, targets[rows], p_target - 1)  # softmax - one_hot
+                grad = logits.copy_(p)  # (n, V), in `dtype`
+                grad_x[rows] = grad @ w
+                grad_weight += grad.T @ part
+                if bias.requires_grad:
+                    grad_bias += p.sum(0)
+        ctx.save_for_backward(grad_x, grad_weight, grad_bias)
+        return loss / len(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        factor = grad / len(ctx.saved_tensors[0])  # N rows
+        return *(t.mul_(factor) for t in ctx.saved_tensors), None, None, None, None
+
+
+@torch.compiler.disable  # it would unroll the loop over the chunks
+def linear_cross_entropy(x, weight, targets, vocab_size, bias=None):
+    """The mean cross-entropy, in nats, of logits = x @ weight.T + bias. It equals
+
+        logits = F.linear(x, weight, bias)[..., :vocab_size].flatten(0, 1)
+        F.cross_entropy(logits, targets.flatten(), ignore_index=-1)
+
+    but never holds all the logits, the largest matrix of a step: for 8 x 256 tokens and 50,257 ids
+    they and their gradient need 0.8 GB. x (B, T, C), weight (V, C), bias (V); targets (B, T), where
+    -1 does not count. The rows of weight from vocab_size on are padding.
+    """
+    device = x.device.type
+    autocast = torch.is_autocast_enabled(device)
+    dtype = torch.get_autocast_dtype(device) if autocast else weight.dtype
+    chunk = 512  # rows at a time
+    if device != "cpu":
+        chunk = min(8192, max(512, 2**27 // len(weight)))  # so that p has at most 0.5 GB
+    bias = weight.new_zeros(len(weight)) if bias is None else bias.clone()
+    bias[vocab_size:] = -math.inf  # so that the padding has probability 0
+    counts = targets >= 0  # (B, T)
+    x = x[counts].to(weight.dtype)  # (N, C): the N positions that count
+    targets = targets[counts][:, None]  # (N, 1)
+    need_grad = torch.is_grad_enabled()
+    with torch.autocast(device, enabled=False):
+        return LinearCrossEntropy.apply(x, weight, bias, targets, dtype, chunk, need_grad)
+
+
+# --- data, and how well a model predicts it
+
+
+def open_data(data):
+    """What prepare_data.py wrote into a folder: meta.json as a dict, a dict with what is needed to
+    decode tokens, and for each split its tokens, as a memory map of the file."""
+    path = Path(data)
+    if not (path / "meta.json").is_file():
+        name = repr(data) if path.is_file() else "stdlib"
+        raise UserError(f"{path}: no data. Try python prepare_data.py {name}")
+    meta = json.loads((path / "meta.json").read_text(encoding="utf-8"))
+    tokenizer = {"name": meta["tokenizer"], "eot": meta["eot"], "vocab_size": meta["vocab_size"]}
+    tokenizer["ranks"] = ""  # the table of a tokenizer that was trained here
+    if tokenizer["name"].startswith("bpe:"):
+        tokenizer["ranks"] = (path / "tokenizer.tiktoken").read_text(encoding="utf-8")
+    splits = {}
+    for split, counts in meta["splits"].items():
+        file = path / f"{split}.bin"
+        splits[split] = np.memmap(file, dtype="<u2", mode="r")  # little-endian uint16
+        if len(splits[split]) != counts["tokens"]:
+            raise UserError(f"{file} has not the length that meta.json says: prepare it again")
+    return meta, tokenizer, splits
+
+
+def get_windows(tokens, starts, length):
+    """The `length` tokens from each of the B positions `starts` on, as a tensor (B, length)."""
+    index = starts[:, None] + np.arange(length)  # (B, length)
+    return torch.from_numpy(tokens[index].astype(np.int64))
+
+
+def get_batch(tokens, length, cfg, step):
+    """The windows, (B, length), that this process trains on in step `step`. They depend on seed and
+    step alone, so that a resumed run, or one on more devices, sees the same data."""
+    rng = np.random.default_rng([cfg.seed, step])
+    starts = rng.integers(len(tokens) - length + 1, size=cfg.batch_size)  # of all processes
+    return get_windows(tokens, starts[RANK::WORLD_SIZE], length)
 
 
 @torch.no_grad()
 def evaluate(model, tokens, eot, amp, stride=None):
-    """Mean loss in nats per token, each token scored once. A window of block_size tokens advances by `stride` (default:
-    block_size), and only targets that are new in it count: a small stride gives every token more context."""
-    cfg, ahead, device, total = model.cfg, model.ahead, next(model.parameters()).device, 0.0
-    n, T = len(tokens), min(len(tokens), cfg.block_size)
-    tokens = np.concatenate([np.full(ahead, eot, tokens.dtype), tokens])  # the first token follows an end of text
-    starts = [*range(0, n - T, min(stride or T, T)), n - T]
-    starts += [n - T] * (-len(starts) % cfg.micro_batch)  # nothing is new in these, but all batches have one shape
-    starts, new = torch.tensor(starts)[:, None], torch.tensor([-T, *starts]).diff()[:, None]
+    """The mean loss of a text in nats per token. Each token is scored once.
+
+    A window of T = block_size tokens moves over the text, `stride` tokens at a time (default: T, so
+    that windows lie side by side). A target counts in the first window that has it. So, with a
+    small stride, a token after the first window is predicted from at least T - stride tokens.
+    """
+    device = next(model.parameters()).device
+    B = model.cfg.micro_batch
+    n = len(tokens)
+    T = min(n, model.cfg.block_size)
+    # An end-of-text token comes first, so that the first token of the text is predicted, too.
+    text = np.concatenate([np.full(model.ahead, eot, tokens.dtype), tokens])
+    stride = T if stride is None else min(stride, T)
+    starts = np.arange(0, n - T + stride, stride).clip(max=n - T)  # the last ends with the text
+    # Repeat the last window until all batches have one shape. A repeat has no new targets. Example:
+    # n = 10, T = stride = 4, B = 2: starts are 0, 4, 6, 6, new_targets 4, 4, 2, 0.
+    starts = np.pad(starts, (0, -len(starts) % B), mode="edge")
+    new_targets = np.diff(starts + T, prepend=0)  # of a window: those that no window before it has
+
     model.eval()
-    for start, count in zip(starts.split(cfg.micro_batch), new.split(cfg.micro_batch)):
-        rows = torch.from_numpy(tokens[start + torch.arange(T + ahead)].astype(np.int64))
-        targets = rows[:, ahead:].where(torch.arange(T) >= T - count, -1)
+    total = 0.0
+    for i in range(RANK * B, len(starts), WORLD_SIZE * B):  # the processes share the batches
+        start = starts[i : i + B]  # (B)
+        count = torch.from_numpy(new_targets[i : i + B])  # (B)
+        inputs = get_windows(text, start, T)  # (B, T)
+        targets = get_windows(text, start + model.ahead, T)  # (B, T)
+        targets[torch.arange(T) < T - count[:, None]] = -1  # a window before has these
         with amp:
-            total += model(rows[:, :-ahead].to(device), targets.to(device)).item() * count.sum().item()
-    return total / n
+            mean = model(inputs.to(device), targets.to(device)).item()
+        total += mean * count.sum().item()
+    return add_up([total], device)[0] / n
 
 
-def open_data(data):
-    """What prepare_data.py wrote: (meta.json, what a checkpoint keeps of the tokenizer, a memory map of each split)."""
-    path = Path(data)
-    if not (path / "meta.json").is_file():
-        raise ValueError(f"{path}: no data. Try python prepare_data.py {repr(data) if path.is_file() else 'stdlib'}")
-    meta = json.loads((path / "meta.json").read_text(encoding="utf-8"))
-    ranks = (path / "tokenizer.tiktoken").read_text(encoding="utf-8") if meta["tokenizer"].startswith("bpe:") else ""
-    tokenizer = {"name": meta["tokenizer"], "eot": meta["eot"], "vocab_size": meta["vocab_size"], "ranks": ranks}
-    splits = {split: np.memmap(path / f"{split}.bin", dtype="<u2", mode="r") for split in meta["splits"]}
-    if wrong := [split for split, tokens in splits.items() if len(tokens) != meta["splits"][split]["tokens"]]:
-        raise ValueError(f"{path / wrong[0]}.bin has not as many tokens as meta.json says: prepare it again")
-    return meta, tokenizer, splits
+def bits_per_byte(nats, counts):
+    """Converts nats per token to bits per byte. A bit is ln 2 nats; `counts` is of the split."""
+    return nats * (counts["tokens"] / counts["bytes"] / math.log(2))
+
+
+def describe(nats, counts, likelihood):
+    """A line about a loss in nats per token. If it is the likelihood of a text, the same total is
+    also given in bits per byte, and as perplexity: e to the power of the nats of one unit."""
+    text = f"{nats:.4f} nats per token"
+    if likelihood:
+        text += f", {bits_per_byte(nats, counts):.4f} bits per byte; perplexity"
+        for unit in ("token", "word", "byte"):
+            power = nats * counts["tokens"] / max(1, counts[f"{unit}s"])
+            if power < 99:  # without spaces there are no words, or one huge word
+                text += f" {math.exp(power):,.4f} per {unit},"
+    return text.rstrip(",")
+
+
+# --- files of a run
 
 
 def write_atomically(path, write):
-    """Has write(file) fill a temporary file, then renames it to `path`: a reader finds the old file or the new one."""
-    if os.environ.get("RANK", "0") != "0":
-        return  # one process writes for all
+    """Calls write(file) on a temporary file, then renames it to `path`. Whatever happens, a reader
+    finds the whole old file there, or the whole new one."""
+    if RANK != 0:
+        return
     temporary = path.with_name(f"{path.name}.tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(temporary, "wb") as file:
@@ -291,179 +498,375 @@ def write_atomically(path, write):
 
 
 def read_checkpoint(path):
-    """The dict that a model file saved; nothing in it is executed. Raises ValueError if it is not one."""
+    """The dict that a model file saved. Nothing in it is executed."""
     try:
-        assert zipfile.ZipFile(path).testzip() is None  # torch.load does not compare the checksums
+        if zipfile.ZipFile(path).testzip():  # torch.load does not look at checksums
+            raise UserError("wrong checksum")
         ckpt = torch.load(path, map_location="cpu", weights_only=True)
-        assert ckpt.keys() >= {"model_file", "config", "tokenizer", "model", "step"}
+        if "model_file" not in ckpt:
+            raise UserError("it is another kind of file")
         return ckpt
-    except Exception as e:  # zipfile, pickle and torch each have their own
-        raise ValueError(f"{path}: no checkpoint of this repository, or damaged: {e!r:.80}") from e
+    except FileNotFoundError as e:
+        raise UserError(f"{path}: there is no such file") from e
+    except Exception as e:  # zipfile, pickle and torch raise many kinds
+        raise UserError(f"{path}: no checkpoint of this repository, or damaged: {e!r:.80}") from e
+
+
+# The columns of log.csv.
+LOG = "step,tokens,train_loss,val_loss,val_bits_per_byte,lr,grad_norm,tokens_per_s,seconds"
+
+
+def open_log(path, resume, step):
+    """Opens log.csv, to append rows to it. A resumed run takes the steps after its checkpoint
+    again, so their old rows are removed, and with them half a row that a killed run may have left.
+    """
+    rows = [LOG]
+    if resume:
+        for row in path.read_text().splitlines()[1:]:
+            whole = row.count(",") == LOG.count(",")
+            if whole and int(row.split(",")[0]) <= step:
+                rows.append(row)
+    text = "\n".join(rows) + "\n"
+    write_atomically(path, lambda file: file.write(text.encode()))
+    return open(path if RANK == 0 else os.devnull, "a", buffering=1)  # a row at a time
+
+
+# --- options
+
+# Other integers are at least 1, and other floats at least 0, unless their default is less.
+MAY_BE_ZERO = ("seed", "max_steps", "warmup_steps", "lora_rank")
 
 
 def choose_device(device="auto", dtype="auto"):
-    """(device, dtype to compute in): bfloat16 where it is fast, on GPUs since Ampere, CPUs with AMX or AVX512-BF16."""
-    if device in ("auto", "cuda"):
-        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() or device == "cuda" else "cpu"
+    """(device, dtype to compute in). Raises UserError if the device is not available."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda":
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
         device = torch.zeros(1, device=device).device
     except (RuntimeError, AssertionError) as e:
-        raise ValueError(f"--device {device} is not available ({str(e).splitlines()[0]}). Try --device cpu") from e
-    has = torch.cpu.get_capabilities().get
-    fast = torch.cuda.is_bf16_supported(False) if device.type == "cuda" else has("amx_bf16") or has("avx512_bf16")
-    return device, getattr(torch, dtype) if dtype != "auto" else torch.bfloat16 if fast else torch.float32
+        raise UserError(f"--device {device}: {str(e).splitlines()[0]}. Try --device cpu") from e
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # the GPU of this process, from now on
+
+    if dtype == "auto":  # bfloat16 is fast on GPUs since 2020 and on some CPUs
+        dtype = "float32"
+        get_capabilities = getattr(torch.cpu, "get_capabilities", dict)  # torch < 2.11: empty
+        cpu = get_capabilities()
+        if device.type == "cuda":
+            bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
+            dtype = "bfloat16" if bfloat16 else "float16"
+        elif cpu.get("amx_bf16") or cpu.get("avx512_bf16"):
+            dtype = "bfloat16"
+    return device, getattr(torch, dtype)
+
+
+def number(kind, least):
+    """Returns a function that reads an int or a float from the command line, and checks it."""
+
+    def read(text):
+        value = kind(text)
+        if not value >= least:  # so that nan is refused, too
+            raise argparse.ArgumentTypeError(f"{text}: at least {least} is needed")
+        return value
+
+    return read
+
+
+def make_parser():
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser.error = lambda text: sys.exit(f"{parser.prog}: {text} (--help lists all options)")
+    add = parser.add_argument
+    add("--preset", choices=PRESETS, help="a named size with its training")
+    add("--eval-only", action="store_true", help="evaluate --init-from, or ckpt.pt in --out")
+    add("--split", default="val", help="what is evaluated at the end: train, val or test")
+    add("--stride", type=number(int, 1), help="at the end: each window scores STRIDE targets")
+    start = parser.add_mutually_exclusive_group()
+    start.add_argument("--resume", action="store_true", help="continue the run in --out")
+    start.add_argument("--init-from", metavar="CKPT", help="start a new run from these weights")
+
+    # Each field of Config is an option. Its help is the comment beside it, found in the source.
+    comments = dict(re.findall(r"^    (\w+):.*?# (.*)$", inspect.getsource(Config), re.MULTILINE))
+    for field in fields(Config):
+        kind = {"type": field.type}
+        if field.type in (int, float):
+            least = int(field.type is int and field.name not in MAY_BE_ZERO)
+            kind["type"] = number(field.type, min(least, field.default))
+        if field.type in (bool, bool | None):
+            kind = {"action": argparse.BooleanOptionalAction}  # --compile and --no-compile
+        if field.name == "dtype":
+            kind["choices"] = ("auto", "float32", "bfloat16", "float16")
+        text = f"{comments.get(field.name, '')} (default: {field.default!r})".replace("%", "%%")
+        # SUPPRESS: an option that is not given does not exist, so a preset or checkpoint sets it.
+        add(f"--{field.name.replace('_', '-')}", default=argparse.SUPPRESS, help=text, **kind)
+    return parser
 
 
 def parse(argv):
-    """(cfg, other options, checkpoint or None). A field of cfg is set by the options, else the preset or checkpoint."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: sys.exit(f"{parser.prog}: {message} (--help lists all options)")
-    parser.add_argument("--preset", choices=PRESETS, help="a named size with its training")
-    start = parser.add_mutually_exclusive_group()
-    start.add_argument("--resume", action="store_true", help="continue the run in --out")
-    start.add_argument("--init-from", metavar="CKPT", help="start from its weights with a new optimizer")
-    parser.add_argument("--eval-only", action="store_true", help="evaluate ckpt.pt in --out, or --init-from, and exit")
-    parser.add_argument("--split", default="val", choices=("train", "val", "test"), help="what is evaluated at the end")
-    parser.add_argument("--stride", type=int, help="then score only the last STRIDE targets of each window")
-    comments = dict(re.findall(r"^    (\w+):.*?  # (.*)$", inspect.getsource(Config), re.M))
-    for f in fields(Config):
-        kind = {"type": f.type, "choices": ("auto", "float32", "bfloat16") if f.name == "dtype" else None}
-        kind = {"action": argparse.BooleanOptionalAction} if f.type in (bool, bool | None) else kind
-        about = f"{comments[f.name]} (default: {f.default!r})".replace("%", "%%")
-        parser.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS, help=about, **kind)
-    options = parser.parse_args(argv)
-    given = PRESETS.get(options.preset, {}) | {k: v for k, v in vars(options).items() if k in comments}
+    """(cfg, the other options, checkpoint or None). Each field of cfg comes from the first of these
+    that sets it: the command line, the preset, the checkpoint, the default in Config."""
+    options = make_parser().parse_args(argv)
+    names = list(vars(Config()))
+    typed = {name: value for name, value in vars(options).items() if name in names}
+    given = PRESETS.get(options.preset, {}) | typed
     if not (options.resume or options.init_from or options.eval_only):
         return Config(**given), options, None
+
+    # A checkpoint: its network must stay as it is.
     path = options.init_from or Path(given.get("out", Config.out), "ckpt.pt")
-    ckpt, network = read_checkpoint(path), list(comments)[: list(comments).index("dropout")]
-    keep = set(comments) - {"out", "device", "compile"} if options.resume or options.eval_only else network
-    inherited = {k: v for k, v in ckpt["config"].items() if k in keep}
-    changed = [k for k in network if k in given and given[k] != inherited.get(k)]
-    if changed or ckpt["model_file"] != Path(__file__).name:
-        raise ValueError(f"{path} is a network of {ckpt['model_file']} and keeps its {', '.join(changed) or 'file'}")
-    return Config(**inherited | given), options, ckpt
+    ckpt = read_checkpoint(path)
+    if ckpt["model_file"] != FILE:
+        raise UserError(f"{path} is a checkpoint of {ckpt['model_file']}: run that file")
+    saved = ckpt["config"]
+    network = names[: names.index("data")]
+    changed = [name for name in network if name in given and given[name] != saved.get(name)]
+    if changed:
+        raise UserError(f"{path} has another {', '.join(changed)}: leave that option out")
+
+    # A run that goes on keeps its other options, too; --init-from begins another run.
+    kept = network
+    if options.resume or options.eval_only:
+        kept = set(names) - {"out", "device", "compile"}
+    saved = {name: value for name, value in saved.items() if name in kept}
+    return Config(**(saved | given)), options, ckpt
+
+
+# --- the training loop
+
+
+@contextmanager
+def catch_signals():
+    """In a `with` block of this, Ctrl-C and SIGTERM only add their number to a list, so that the
+    step can be finished and saved. A second one ends the program at once."""
+    caught = []
+
+    def catch(number, frame):
+        caught.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
+    handlers = {}  # those from before
+    if threading.current_thread() is threading.main_thread():  # Python allows it in no other
+        for number in (signal.SIGINT, signal.SIGTERM):
+            handlers[number] = signal.signal(number, catch)
+    try:
+        yield caught
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def prepare_model(model, use_compile):
+    """(model to evaluate, model to train). The second gives all processes the mean of their
+    gradients (DistributedDataParallel, DDP)."""
+    compiled = model
+    if use_compile:
+        torch.compiler.reset()  # forget the network before it grew: torch keeps only a few
+        compiled = torch.compile(model)
+    if WORLD_SIZE == 1:
+        return compiled, compiled
+    return compiled, nn.parallel.DistributedDataParallel(compiled)
 
 
 def train(cfg, options, ckpt):
-    """Trains, resumes or evaluates. torchrun runs this in WORLD_SIZE processes at once, one for each device."""
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    out, print0 = Path(cfg.out), lambda text: rank == 0 and print(text, flush=True)
+    """Trains, resumes or evaluates. Started by torchrun, all processes do this at the same time."""
+    out = Path(cfg.out)
     if (out / "ckpt.pt").exists() and not (options.resume or options.eval_only):
-        raise ValueError(f"{out} holds a run already: --resume continues it, --out FOLDER starts another")
+        raise UserError(f"{out} holds a run: --resume continues it, --out FOLDER starts another")
+
+    if cfg.dropout >= 1 or cfg.batch_size < WORLD_SIZE:
+        raise UserError(f"--dropout must be below 1, and --batch-size at least {WORLD_SIZE}")
+
+    # The device. Autocast computes matrix products in 16 bits; weights and sums stay in float32.
     device, dtype = choose_device(cfg.device, cfg.dtype)
-    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    if world_size > 1:
-        dist.init_process_group("nccl" if gpu else "gloo", device_id=device if gpu else None)
+    cuda = device.type == "cuda"
+    device_name = torch.cuda.get_device_name(device) if cuda else str(device)
+    if WORLD_SIZE > 1:
+        dist.init_process_group("nccl" if cuda else "gloo")
+    amp = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    # Small gradients would be zero in float16. So the loss is multiplied by a large number, and the
+    # gradients are divided by it later. bfloat16 has the range of float32, and does not need this.
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+
+    # The data.
     meta, tokenizer, splits = open_data(cfg.data)
     if ckpt and ckpt["tokenizer"] != tokenizer:
-        raise ValueError(f"--data {cfg.data} has another tokenizer, {tokenizer['name']}, than the checkpoint")
-    cfg.vocab_size, cfg.eot = meta["vocab_size"], meta["eot"]
+        raise UserError(f"{cfg.data} has another tokenizer than the model: {tokenizer['name']}")
+    if options.eval_only and options.split not in splits:
+        raise UserError(f"--split {options.split}: {cfg.data} has {', '.join(splits)}")
+    cfg.vocab_size = meta["vocab_size"]
+    cfg.eot = meta["eot"]
+
+    # The model and its optimizer: new, or those of the checkpoint.
     torch.manual_seed(cfg.seed)
     model = Model(cfg).to(device)
-    optimizer, length = configure_optimizer(model, cfg), cfg.block_size + model.ahead
-    if len(data := splits["train"]) < length:
-        raise ValueError(f"{cfg.data}/train.bin has fewer tokens than one window ({length}): lower --block-size")
-    step, tokens, best, seconds = 0, 0, math.inf, 0.0  # seconds spent on steps, not on evaluations
-    model.load_state_dict(ckpt["model"] if ckpt else model.state_dict())
+    optimizer = configure_optimizer(model, cfg)
+    step = tokens = 0
+    seconds = 0.0  # of steps, without evaluations
+    best = math.inf  # lowest validation loss
+    if ckpt:
+        model.load_state_dict(ckpt["model"])
     if options.resume:
-        step, tokens, best, seconds = (ckpt[k] for k in ("step", "tokens", "best", "seconds"))
-        optimizer.load_state_dict(optimizer.state_dict() | {"state": ckpt["optimizer"]["state"]})
-    amp = torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
-    torch.set_float32_matmul_precision("medium" if dtype == torch.bfloat16 else "highest")  # of the loss's matmuls
-    # Bits per byte = nats per token x bits per nat (1 / ln 2) x tokens per byte, which are those of the whole split.
-    bits = {split: n["tokens"] / n["bytes"] / math.log(2) for split, n in meta["splits"].items() if model.likelihood}
-    peaks = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "4090": 165e12}  # FLOP/s of dense bfloat16 matmuls
-    peak = next((flops * world_size for name, flops in peaks.items() if name in gpu), None)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():  # a backward pass costs two forward passes
-        model(torch.zeros(1, cfg.block_size, dtype=torch.long, device=device))
-    per_step = cfg.batch_size * cfg.block_size  # tokens
-    print0(f"{sum(p.numel() for p in model.parameters()):,} parameters, {gpu or device}, {dtype}, {cfg.data} -> {out}")
+        step, tokens, seconds, best = (ckpt[k] for k in ("step", "tokens", "seconds", "best"))
+        # Adam's moments come from the checkpoint; weight decay and betas are those of this run.
+        moments = ckpt["optimizer"]["state"]
+        optimizer.load_state_dict(optimizer.state_dict() | {"state": moments})
+        if ckpt.get("scaler"):
+            scaler.load_state_dict(ckpt["scaler"])
+        if any(ckpt["config"][name] != getattr(cfg, name) for name in ("data", "eval_tokens")):
+            best = math.inf  # it is the loss of another text
 
-    def save(file):
-        state = dict(model_file=Path(__file__).name, config=asdict(cfg), tokenizer=tokenizer, step=step, tokens=tokens)
-        state |= dict(best=best, seconds=seconds, rng=[cfg.seed, step], model=model.state_dict())
-        write_atomically(out / file, lambda f: torch.save(state | {"optimizer": optimizer.state_dict()}, f))
+    if ckpt:
+        ckpt.clear()  # frees its memory, 4 bytes for each parameter
 
-    signals, stopped, ddp_model, mark = [], False, None, (tokens, seconds)
-    if not options.eval_only:
-        for number in (signal.SIGINT, signal.SIGTERM):  # the step finishes and is saved; a second one ends at once
-            signal.signal(number, lambda n, frame: signals.append(n) or signal.signal(n, signal.SIG_DFL))
+    # A training window has the inputs and, `ahead` tokens later, the targets.
+    length = cfg.block_size + model.ahead
+    if len(splits["train"]) < length:
+        raise UserError(f"{cfg.data}/train.bin has fewer than {length} tokens: lower --block-size")
+    n_params = sum(p.numel() for p in model.parameters())
+    print0(f"{n_params:,} parameters, {device_name}, {dtype}, {cfg.data} -> {out}")
+
+    use_compile = cfg.compile
+    if use_compile is None:  # the compiler for GPUs needs Linux and a card since Volta (2017)
+        volta = cuda and torch.cuda.get_device_capability() >= (7, 0)
+        use_compile = volta and sys.platform == "linux"
+    compiled, ddp_model = prepare_model(model, use_compile)
+
+    def save(name):
+        """Writes a checkpoint: the values that these variables have when save is called."""
+        state = dict(
+            model_file=FILE,
+            config=asdict(cfg),
+            tokenizer=tokenizer,
+            step=step,
+            tokens=tokens,
+            seconds=seconds,
+            best=best,
+            model=model.state_dict(),
+            optimizer=optimizer.state_dict(),
+            scaler=scaler.state_dict(),
+        )
+        write_atomically(out / name, lambda file: torch.save(state, file))
+
+    last_step = cfg.max_steps
+    if options.eval_only:
+        last_step = step  # then no step is taken, and nothing is written
+    else:
         save("ckpt.pt")  # from here on there is something to resume
-        rows = (out / "log.csv").read_text(encoding="utf-8").splitlines()[1:] if options.resume else []
-        rows = [row for row in rows if row.count(",") == 8 and int(row.split(",")[0]) <= step]  # the others come again
-        names = "step,tokens,train_loss,val_loss,val_bits_per_byte,lr,grad_norm,tokens_per_s,seconds"
-        write_atomically(out / "log.csv", lambda f: f.write("\n".join([names, *rows, ""]).encode()))
-        log = open(out / "log.csv" if rank == 0 else os.devnull, "a", encoding="utf-8", buffering=1)
-    while not options.eval_only:
-        if grow(model, optimizer, cfg, step) or ddp_model is None:
-            compiled = torch.compile(model) if cfg.compile or (cfg.compile is None and gpu) else model
-            ddp_model = nn.parallel.DistributedDataParallel(compiled) if world_size > 1 else compiled
-        if stopped or step >= cfg.max_steps:
-            print0(f"{step:,} steps, {seconds:.0f} s; --resume continues. Try python sample.py --ckpt '{out}/ckpt.pt'")
-            break
-        model.train()
-        start, lr, report = time.perf_counter(), learning_rate(step, cfg), torch.zeros(2, device=device)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        # Batch and dropout are functions of seed and step: a resumed run, or one on more devices, sees the same data.
-        starts = np.random.default_rng([cfg.seed, step]).integers(len(data) - length + 1, size=cfg.batch_size)
-        rows = torch.from_numpy(data[starts[rank::world_size, None] + np.arange(length)].astype(np.int64)).to(device)
-        torch.manual_seed(int(np.random.SeedSequence([cfg.seed, step, rank]).generate_state(1)[0]))
-        for i in range(0, len(rows), cfg.micro_batch):
-            part = rows[i : i + cfg.micro_batch]
-            ddp_model.require_backward_grad_sync = i + len(part) == len(rows)  # processes exchange gradients once
-            with amp:
-                micro_loss = ddp_model(part[:, : -model.ahead], part[:, model.ahead :])
-                micro_loss *= len(part) * world_size / cfg.batch_size
-            micro_loss.backward()
-            report[0] += micro_loss.detach()
-        report[1], norm = len(signals), nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip).item()
-        if world_size > 1:
-            dist.all_reduce(report)
-        loss, stopped = (report / world_size).tolist()
-        if not math.isfinite(loss + norm):
-            raise ValueError(f"step {step + 1}: loss {loss}, gradient norm {norm}. {out / 'ckpt.pt'} is from before it")
-        optimizer.step()
-        optimizer.zero_grad()
-        step, tokens, seconds = step + 1, tokens + per_step, seconds + time.perf_counter() - start
-        # Once in a while: evaluate, log, save.
-        val, evaluating = None, step % cfg.eval_interval == 0 or step == cfg.max_steps
-        if evaluating and "val" in splits:
-            val = evaluate(compiled, splits["val"][: cfg.eval_tokens], meta["eot"], amp)
-            if val < best:
-                best = val
-                save("best.pt")
-        if step % cfg.log_interval == 0 or evaluating or stopped:
-            speed, mark = (tokens - mark[0]) / (seconds - mark[1]), (tokens, seconds)
-            more = f", MFU {3 * counter.get_total_flops() / cfg.block_size * speed / peak:.1%}" if peak else ""
-            val_bits = val * bits["val"] if val and bits else ""
-            more += f", validation loss {val:.4f}" + (f", {val_bits:.4f} bits per byte" if bits else "") if val else ""
-            print0(f"step {step:,}/{cfg.max_steps:,}: loss {loss:.4f}, lr {lr:.2e}, norm {norm:.2f}, {speed:,.0f} "
-                   f"tokens/s, {(cfg.max_steps - step) * per_step / speed / 60:.0f} min left{more}")  # fmt: skip
-            print(step, tokens, loss, val or "", val_bits, lr, norm, speed, seconds, sep=",", file=log)
-        if (evaluating or stopped) and math.isfinite(val or 0.0):
-            save("ckpt.pt")
-    if stopped:
+        log = open_log(out / "log.csv", options.resume, step)
+    stopped = False
+    max_norm = cfg.grad_clip or math.inf
+    tokens_per_step = cfg.batch_size * cfg.block_size
+    last_val = best  # validation loss of the last evaluation
+    last_tokens, last_seconds = tokens, seconds  # at the last line of the log
+
+    with catch_signals() as signals:
+        while step < last_step and not stopped:
+            if grow(model, optimizer, cfg, step):
+                compiled, ddp_model = prepare_model(model, use_compile)
+            start = time.perf_counter()
+
+            # The batch, the learning rate, and the random numbers of dropout depend on the step.
+            rows = get_batch(splits["train"], length, cfg, step).to(device)  # (B, length)
+            lr = learning_rate(step, cfg)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            seed = np.random.SeedSequence([cfg.seed, step, RANK]).generate_state(1)[0]
+            torch.manual_seed(int(seed))
+
+            # Forward and backward, a micro-batch at a time. The gradients add up, so each mean loss
+            # is multiplied by its share of the batch. DDP divides gradients by WORLD_SIZE. It needs
+            # to exchange them between the processes in the last backward pass only.
+            model.train()
+            total = torch.zeros((), device=device)
+            parts = rows.split(cfg.micro_batch)
+            for part in parts:
+                ddp_model.require_backward_grad_sync = part is parts[-1]
+                share = len(part) * WORLD_SIZE / cfg.batch_size
+                with amp:
+                    part_loss = ddp_model(part[:, : -model.ahead], part[:, model.ahead :]) * share
+                scaler.scale(part_loss).backward()
+                total += part_loss.detach()
+            scaler.unscale_(optimizer)
+            norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+            loss, norm = torch.stack([total / WORLD_SIZE, norm]).tolist()  # waits for the GPU
+
+            # All processes must agree on the loss, and on whether one of them was told to stop.
+            # In float16, a gradient that is not finite is no error: the scaler skips that step.
+            loss, n_signals = add_up([loss, len(signals)], device)
+            stopped = n_signals > 0
+            finite = math.isfinite(norm) or scaler.is_enabled()
+            if not (finite and math.isfinite(loss)):
+                problem = f"step {step + 1}: loss {loss}, gradient norm {norm}"
+                raise UserError(f"{problem}. {out / 'ckpt.pt'} is from before it")
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+            step += 1
+            tokens += tokens_per_step
+            seconds += time.perf_counter() - start
+
+            # Once in a while: the validation loss. best.pt has the weights with the lowest one.
+            evaluating = step % cfg.eval_interval == 0 or step == cfg.max_steps
+            val = val_bits = None
+            val_text = ""
+            if evaluating and "val" in splits:
+                val = evaluate(compiled, splits["val"][: cfg.eval_tokens], cfg.eot, amp)
+                val_text = f", validation loss {val:.4f}"
+                if model.likelihood:
+                    val_bits = bits_per_byte(val, meta["splits"]["val"])
+                    val_text += f", {val_bits:.4f} bits per byte"
+                last_val = val
+                if val < best:
+                    best = val
+                    save("best.pt")
+
+            # A line on the terminal, and a row in log.csv, where None becomes an empty cell.
+            if step % cfg.log_interval == 0 or evaluating or stopped:
+                speed = (tokens - last_tokens) / (seconds - last_seconds)
+                last_tokens, last_seconds = tokens, seconds
+                minutes = (cfg.max_steps - step) * tokens_per_step / speed / 60
+                text = f"step {step:,}/{cfg.max_steps:,}: loss {loss:.4f}, lr {lr:.2e}, "
+                text += f"norm {norm:.2f}, {speed:,.0f} tokens/s, {minutes:.0f} min left"
+                print0(text + val_text)
+                row = [step, tokens, loss, val, val_bits, lr, norm, speed, seconds]
+                csv.writer(log, lineterminator="\n").writerow(row)
+            if (evaluating or stopped) and (val is None or math.isfinite(val)):
+                save("ckpt.pt")
+
+    if not options.eval_only:
+        log.close()
+        grow(model, optimizer, cfg, step)
+        text = f"{step:,} steps, {seconds:.0f} s; --resume continues."
+        print0(f"{text} Try python sample.py --ckpt '{out}/ckpt.pt'")
+
+    # At the end, a whole split is evaluated, not only its first eval_tokens.
+    split = options.split
+    if split in splits and not stopped:
+        nats = evaluate(compiled, splits[split], cfg.eot, amp, options.stride)
+        print0(f"all of {split}: {describe(nats, meta['splits'][split], model.likelihood)}")
+    if best < last_val:
+        print0(f"{out / 'best.pt'} is better, with a validation loss of {best:.4f}")
+    del ddp_model  # before the process group that it uses, or the end of gloo's threads may hang
+    if WORLD_SIZE > 1:
+        dist.destroy_process_group()
+    if stopped:  # as in a shell: 130 is Ctrl-C; perhaps only another process was told to stop
         sys.exit(128 + max(signals, default=signal.SIGTERM))
-    if options.eval_only and options.split not in splits:
-        raise ValueError(f"--split {options.split}: {cfg.data} has {', '.join(splits)}")
-    if (split := options.split) in splits:  # at the end all of it counts
-        nats, n = evaluate(model, splits[split], meta["eot"], amp, options.stride), meta["splits"][split]
-        pp = ", ".join(f"{math.exp(nats * n['tokens'] / n[u]):,.4f} per {u[:-1]}" for u in ("tokens", "words", "bytes"))
-        more = f", {nats * bits[split]:.4f} bits per byte; perplexity {pp}" if bits else ""
-        print0(f"all of {split}: {nats:.4f} nats per token{more}")
 
 
 def main(argv=None):
     try:
         train(*parse(argv))
-    except (ValueError, OSError) as e:
-        sys.exit(f"{Path(__file__).name}: {e}")
-    except RuntimeError as e:  # on a CPU, torch has no class of its own for memory and files
+    except KeyboardInterrupt:  # in an evaluation: training catches the signal
+        print(f"{FILE}: interrupted", file=sys.stderr)
+        sys.exit(130)  # as in a shell
+    except (UserError, OSError) as e:
+        sys.exit(f"{FILE}: {e}")
+    except RuntimeError as e:  # what torch raises for a CPU out of memory, and for a full disk
         if not isinstance(e, torch.OutOfMemoryError) and "enforce fail" not in str(e):
             raise
-        sys.exit(f"{Path(__file__).name}: out of memory, or of space on the disk ({str(e).splitlines()[0]})")
+        sys.exit(f"{FILE}: out of memory, or of space on the disk ({str(e).splitlines()[0]})")
 
 
 if __name__ == "__main__":
