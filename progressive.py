@@ -362,9 +362,9 @@ def grow(model, optimizer, cfg, step):
 
 # --- training: the same lines in every model file ---
 
-# torchrun starts WORLD_SIZE processes, one for each device. RANK is the number of this one, from 0.
-WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
-RANK = int(os.environ.get("RANK", 0))
+# torchrun starts world_size processes, one for each device, and numbers them: rank 0, 1, 2, ...
+world_size = int(os.environ.get("WORLD_SIZE", 1))
+rank = int(os.environ.get("RANK", 0))
 FILE = Path(__file__).name  # a checkpoint says which file has its network
 
 
@@ -374,17 +374,17 @@ class UserError(ValueError):
 
 def print0(text):
     """Prints a line, in the first process only."""
-    if RANK == 0:
+    if rank == 0:
         print(text, flush=True)
 
 
 def add_up(numbers, device):
     """The sums of a list of numbers over all processes."""
-    if WORLD_SIZE == 1:
-        return numbers
-    sums = torch.tensor(numbers, dtype=torch.float64, device=device)
-    dist.all_reduce(sums)
-    return sums.tolist()
+    if world_size > 1:
+        sums = torch.tensor(numbers, dtype=torch.float64, device=device)
+        dist.all_reduce(sums)
+        numbers = sums.tolist()
+    return numbers
 
 
 # --- the loss
@@ -494,7 +494,7 @@ def get_batch(tokens, length, cfg, step):
     step alone, so that a resumed run, or one on more devices, sees the same data."""
     rng = np.random.default_rng([cfg.seed, step])
     starts = rng.integers(len(tokens) - length + 1, size=cfg.batch_size)  # of all processes
-    return get_windows(tokens, starts[RANK::WORLD_SIZE], length)
+    return get_windows(tokens, starts[rank::world_size], length)
 
 
 @torch.no_grad()
@@ -520,7 +520,7 @@ def evaluate(model, tokens, eot, amp, stride=None):
 
     model.eval()
     total = 0.0
-    for i in range(RANK * B, len(starts), WORLD_SIZE * B):  # the processes share the batches
+    for i in range(rank * B, len(starts), world_size * B):  # the processes share the batches
         start = starts[i : i + B]  # (B)
         count = torch.from_numpy(new_targets[i : i + B])  # (B)
         inputs = get_windows(text, start, T)  # (B, T)
@@ -556,7 +556,7 @@ def describe(nats, counts, likelihood):
 def write_atomically(path, write):
     """Calls write(file) on a temporary file, then renames it to `path`. Whatever happens, a reader
     finds the whole old file there, or the whole new one."""
-    if RANK != 0:
+    if rank != 0:
         return
     temporary = path.with_name(f"{path.name}.tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -598,7 +598,7 @@ def open_log(path, resume, step):
                 rows.append(row)
     text = "\n".join(rows) + "\n"
     write_atomically(path, lambda file: file.write(text.encode()))
-    return open(path if RANK == 0 else os.devnull, "a", buffering=1)  # a row at a time
+    return open(path if rank == 0 else os.devnull, "a", buffering=1)  # a row at a time
 
 
 # --- options
@@ -734,9 +734,9 @@ def prepare_model(model, use_compile):
     if use_compile:
         torch.compiler.reset()  # forget the network before it grew: torch keeps only a few
         compiled = torch.compile(model)
-    if WORLD_SIZE == 1:
-        return compiled, compiled
-    return compiled, nn.parallel.DistributedDataParallel(compiled)
+    if world_size > 1:
+        return compiled, nn.parallel.DistributedDataParallel(compiled)
+    return compiled, compiled
 
 
 def train(cfg, options, ckpt):
@@ -745,14 +745,14 @@ def train(cfg, options, ckpt):
     if (out / "ckpt.pt").exists() and not (options.resume or options.eval_only):
         raise UserError(f"{out} holds a run: --resume continues it, --out FOLDER starts another")
 
-    if cfg.dropout >= 1 or cfg.batch_size < WORLD_SIZE:
-        raise UserError(f"--dropout must be below 1, and --batch-size at least {WORLD_SIZE}")
+    if cfg.dropout >= 1 or cfg.batch_size < world_size:
+        raise UserError(f"--dropout must be below 1, and --batch-size at least {world_size}")
 
     # The device. Autocast computes matrix products in 16 bits; weights and sums stay in float32.
     device, dtype = choose_device(cfg.device, cfg.dtype)
     cuda = device.type == "cuda"
     device_name = torch.cuda.get_device_name(device) if cuda else str(device)
-    if WORLD_SIZE > 1:
+    if world_size > 1:
         dist.init_process_group("nccl" if cuda else "gloo")
     amp = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     # Small gradients would be zero in float16. So the loss is multiplied by a large number, and the
@@ -842,25 +842,25 @@ def train(cfg, options, ckpt):
             lr = learning_rate(step, cfg)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            seed = np.random.SeedSequence([cfg.seed, step, RANK]).generate_state(1)[0]
+            seed = np.random.SeedSequence([cfg.seed, step, rank]).generate_state(1)[0]
             torch.manual_seed(int(seed))
 
             # Forward and backward, a micro-batch at a time. The gradients add up, so each mean loss
-            # is multiplied by its share of the batch. DDP divides gradients by WORLD_SIZE. It needs
+            # is multiplied by its share of the batch. DDP divides gradients by world_size. It needs
             # to exchange them between the processes in the last backward pass only.
             model.train()
             total = torch.zeros((), device=device)
             parts = rows.split(cfg.micro_batch)
             for part in parts:
                 ddp_model.require_backward_grad_sync = part is parts[-1]
-                share = len(part) * WORLD_SIZE / cfg.batch_size
+                share = len(part) * world_size / cfg.batch_size
                 with amp:
                     part_loss = ddp_model(part[:, : -model.ahead], part[:, model.ahead :]) * share
                 scaler.scale(part_loss).backward()
                 total += part_loss.detach()
             scaler.unscale_(optimizer)
             norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm)
-            loss, norm = torch.stack([total / WORLD_SIZE, norm]).tolist()  # waits for the GPU
+            loss, norm = torch.stack([total / world_size, norm]).tolist()  # waits for the GPU
 
             # All processes must agree on the loss, and on whether one of them was told to stop.
             # In float16, a gradient that is not finite is no error: the scaler skips that step.
@@ -919,7 +919,7 @@ def train(cfg, options, ckpt):
     if best < last_val:
         print0(f"{out / 'best.pt'} is better, with a validation loss of {best:.4f}")
     del ddp_model  # before the process group that it uses, or the end of gloo's threads may hang
-    if WORLD_SIZE > 1:
+    if dist.is_initialized():
         dist.destroy_process_group()
     if stopped:  # as in a shell: 130 is Ctrl-C; perhaps only another process was told to stop
         sys.exit(128 + max(signals, default=signal.SIGTERM))
