@@ -474,7 +474,7 @@ def add_up(numbers, device):
 
 
 class LinearCrossEntropy(torch.autograd.Function):
-    """The mean cross-entropy of logits = x @ weight.T + bias, computed `chunk` rows at a time.
+    """The mean cross-entropy of logits = x @ weight.T + bias, computed some rows at a time.
 
     The gradient with respect to a row of logits is (softmax(logits) - one_hot(target)) / number of
     rows. It is known as soon as the logits are. So forward computes all gradients, and keeps no
@@ -482,8 +482,9 @@ class LinearCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, weight, bias, targets, dtype, chunk, need_grad):
+    def forward(ctx, x, weight, bias, targets, dtype, need_grad):
         # x (N, C), weight (V, C), bias (V), targets (N, 1). Products in `dtype`, sums in float32.
+        chunk = 512 if x.device.type == "cpu" else 4096  # rows at a time
         w = weight.to(dtype)
         loss = weight.new_zeros(())
         grad_x, grad_weight, grad_bias = (torch.zeros_like(t) for t in (x, weight, bias))
@@ -512,7 +513,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         factor = grad / len(ctx.saved_tensors[0])  # N rows
-        return *(t.mul_(factor) for t in ctx.saved_tensors), None, None, None, None
+        return *(t.mul_(factor) for t in ctx.saved_tensors), None, None, None
 
 
 @torch.compiler.disable  # it would unroll the loop over the chunks
@@ -529,17 +530,14 @@ def linear_cross_entropy(x, weight, targets, vocab_size, bias=None):
     device = x.device.type
     autocast = torch.is_autocast_enabled(device)
     dtype = torch.get_autocast_dtype(device) if autocast else weight.dtype
-    chunk = 512  # rows at a time
-    if device != "cpu":
-        chunk = min(8192, max(512, 2**27 // len(weight)))  # so that p has at most 0.5 GB
     bias = weight.new_zeros(len(weight)) if bias is None else bias.clone()
     bias[vocab_size:] = -math.inf  # so that the padding has probability 0
     counts = targets >= 0  # (B, T)
     x = x[counts].to(weight.dtype)  # (N, C): the N positions that count
     targets = targets[counts][:, None]  # (N, 1)
-    need_grad = torch.is_grad_enabled()
+    need_grad = torch.is_grad_enabled()  # not in an evaluation
     with torch.autocast(device, enabled=False):
-        return LinearCrossEntropy.apply(x, weight, bias, targets, dtype, chunk, need_grad)
+        return LinearCrossEntropy.apply(x, weight, bias, targets, dtype, need_grad)
 
 
 # --- data, and how well a model predicts it
@@ -594,7 +592,7 @@ def evaluate(model, tokens, eot, amp, stride=None):
     T = min(n, model.cfg.block_size)
     # An end-of-text token comes first, so that the first token of the text is predicted, too.
     text = np.concatenate([np.full(model.ahead, eot, tokens.dtype), tokens])
-    stride = T if stride is None else min(stride, T)
+    stride = min(stride or T, T)
     starts = np.arange(0, n - T + stride, stride).clip(max=n - T)  # the last ends with the text
     # Repeat the last window until all batches have one shape. A repeat has no new targets. Example:
     # n = 10, T = stride = 4, B = 2: starts are 0, 4, 6, 6, new_targets 4, 4, 2, 0.
@@ -641,13 +639,16 @@ def write_atomically(path, write):
     finds the whole old file there, or the whole new one."""
     if rank != 0:
         return
-    temporary = path.with_name(f"{path.name}.tmp")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(temporary, "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)  # it is there only if something failed
 
 
 def read_checkpoint(path):
@@ -659,8 +660,8 @@ def read_checkpoint(path):
         if "model_file" not in ckpt:
             raise UserError("it is another kind of file")
         return ckpt
-    except FileNotFoundError as e:
-        raise UserError(f"{path}: there is no such file") from e
+    except OSError:  # its message says that the file is not there, or cannot be read
+        raise
     except Exception as e:  # zipfile, pickle and torch raise many kinds
         raise UserError(f"{path}: no checkpoint of this repository, or damaged: {e!r:.80}") from e
 
@@ -673,14 +674,15 @@ def open_log(path, resume, step):
     """Opens log.csv, to append rows to it. A resumed run takes the steps after its checkpoint
     again, so their old rows are removed, and with them half a row that a killed run may have left.
     """
+    old = path.read_text() if resume else ""
     rows = [LOG]
-    if resume:
-        for row in path.read_text().splitlines()[1:]:
-            whole = row.count(",") == LOG.count(",")
-            if whole and int(row.split(",")[0]) <= step:
-                rows.append(row)
+    for row in old.splitlines()[1:]:
+        whole = row.count(",") == LOG.count(",")
+        if whole and int(row.split(",")[0]) <= step:
+            rows.append(row)
     text = "\n".join(rows) + "\n"
-    write_atomically(path, lambda file: file.write(text.encode()))
+    if text != old:
+        write_atomically(path, lambda file: file.write(text.encode()))
     return open(path if rank == 0 else os.devnull, "a", buffering=1)  # a row at a time
 
 
@@ -705,8 +707,7 @@ def choose_device(device="auto", dtype="auto"):
 
     if dtype == "auto":  # bfloat16 is fast on GPUs since 2020 and on some CPUs
         dtype = "float32"
-        get_capabilities = getattr(torch.cpu, "get_capabilities", dict)  # torch < 2.11: empty
-        cpu = get_capabilities()
+        cpu = getattr(torch.cpu, "get_capabilities", dict)()  # empty before torch 2.11
         if device.type == "cuda":
             bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
             dtype = "bfloat16" if bfloat16 else "float16"
@@ -716,7 +717,7 @@ def choose_device(device="auto", dtype="auto"):
 
 
 def number(kind, least):
-    """Returns a function that reads an int or a float from the command line, and checks it."""
+    """Returns a function that reads an int or a float from the command line, `least` or more."""
 
     def read(text):
         value = kind(text)
@@ -728,8 +729,8 @@ def number(kind, least):
 
 
 def make_parser():
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.error = lambda text: sys.exit(f"{parser.prog}: {text} (--help lists all options)")
     add = parser.add_argument
     add("--preset", choices=PRESETS, help="a named size with its training")
@@ -758,14 +759,14 @@ def make_parser():
 
 
 def parse(argv):
-    """(cfg, the other options, checkpoint or None). Each field of cfg comes from the first of these
+    """(cfg, the other options, checkpoint or {}). Each field of cfg comes from the first of these
     that sets it: the command line, the preset, the checkpoint, the default in Config."""
     options = make_parser().parse_args(argv)
     names = list(vars(Config()))
     typed = {name: value for name, value in vars(options).items() if name in names}
     given = PRESETS.get(options.preset, {}) | typed
     if not (options.resume or options.init_from or options.eval_only):
-        return Config(**given), options, None
+        return Config(**given), options, {}
 
     # A checkpoint: its network must stay as it is.
     path = options.init_from or Path(given.get("out", Config.out), "ckpt.pt")
@@ -797,7 +798,8 @@ def catch_signals():
 
     def catch(number, frame):
         caught.append(number)
-        signal.signal(number, signal.SIG_DFL)
+        signal.signal(number, handlers[number])
+        print0("stopping after this step; once more stops at once")
 
     handlers = {}  # those from before
     if threading.current_thread() is threading.main_thread():  # Python allows it in no other
@@ -834,7 +836,6 @@ def train(cfg, options, ckpt):
     # The device. Autocast computes matrix products in 16 bits; weights and sums stay in float32.
     device, dtype = choose_device(cfg.device, cfg.dtype)
     cuda = device.type == "cuda"
-    device_name = torch.cuda.get_device_name(device) if cuda else str(device)
     if world_size > 1:
         dist.init_process_group("nccl" if cuda else "gloo")
     amp = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
@@ -845,11 +846,17 @@ def train(cfg, options, ckpt):
     # The data.
     meta, tokenizer, splits = open_data(cfg.data)
     if ckpt and ckpt["tokenizer"] != tokenizer:
-        raise UserError(f"{cfg.data} has another tokenizer than the model: {tokenizer['name']}")
+        raise UserError(
+            f"{cfg.data} has another tokenizer than the model: "
+            f"prepare it with --tokenizer {ckpt['config']['data']}"
+        )
     if options.eval_only and options.split not in splits:
         raise UserError(f"--split {options.split}: {cfg.data} has {', '.join(splits)}")
     cfg.vocab_size = meta["vocab_size"]
     cfg.eot = meta["eot"]
+
+    if options.eval_only:
+        cfg.max_steps = 0  # then no step is taken, and nothing is written
 
     # The model and its optimizer: new, or those of the checkpoint.
     torch.manual_seed(cfg.seed)
@@ -863,27 +870,26 @@ def train(cfg, options, ckpt):
     if options.resume:
         step, tokens, seconds, best = (ckpt[k] for k in ("step", "tokens", "seconds", "best"))
         # Adam's moments come from the checkpoint; weight decay and betas are those of this run.
-        moments = ckpt["optimizer"]["state"]
-        optimizer.load_state_dict(optimizer.state_dict() | {"state": moments})
-        if ckpt.get("scaler"):
-            scaler.load_state_dict(ckpt["scaler"])
+        optimizer.load_state_dict(optimizer.state_dict() | {"state": ckpt["optimizer"]["state"]})
+        scaler.load_state_dict(scaler.state_dict() | ckpt["scaler"])
         if any(ckpt["config"][name] != getattr(cfg, name) for name in ("data", "eval_tokens")):
             best = math.inf  # it is the loss of another text
-
-    if ckpt:
-        ckpt.clear()  # frees its memory, 4 bytes for each parameter
+    ckpt.clear()  # frees its memory, 4 bytes for each parameter
 
     # A training window has the inputs and, `ahead` tokens later, the targets.
     length = cfg.block_size + model.ahead
     if len(splits["train"]) < length:
         raise UserError(f"{cfg.data}/train.bin has fewer than {length} tokens: lower --block-size")
     n_params = sum(p.numel() for p in model.parameters())
-    print0(f"{n_params:,} parameters, {device_name}, {dtype}, {cfg.data} -> {out}")
+    print0(f"{n_params:,} parameters, {device}, {dtype}, {cfg.data} -> {out}")
+    tokens_per_step = cfg.batch_size * cfg.block_size
+    times = cfg.max_steps * tokens_per_step / len(splits["train"])
+    if times > 10:  # more text, or fewer steps, is better
+        print0(f"{cfg.max_steps:,} steps read the text {times:.0f} times and learn it by heart.")
 
     use_compile = cfg.compile
-    if use_compile is None:  # the compiler for GPUs needs Linux and a card since Volta (2017)
-        volta = cuda and torch.cuda.get_device_capability() >= (7, 0)
-        use_compile = volta and sys.platform == "linux"
+    if cuda and use_compile is None:  # its compiler needs Linux and a card since Volta (2017)
+        use_compile = sys.platform == "linux" and torch.cuda.get_device_capability() >= (7, 0)
     compiled, ddp_model = prepare_model(model, use_compile)
 
     def save(name):
@@ -902,20 +908,15 @@ def train(cfg, options, ckpt):
         )
         write_atomically(out / name, lambda file: torch.save(state, file))
 
-    last_step = cfg.max_steps
-    if options.eval_only:
-        last_step = step  # then no step is taken, and nothing is written
-    else:
+    if not options.eval_only:
         save("ckpt.pt")  # from here on there is something to resume
         log = open_log(out / "log.csv", options.resume, step)
     stopped = False
-    max_norm = cfg.grad_clip or math.inf
-    tokens_per_step = cfg.batch_size * cfg.block_size
     last_val = best  # validation loss of the last evaluation
     last_tokens, last_seconds = tokens, seconds  # at the last line of the log
 
     with catch_signals() as signals:
-        while step < last_step and not stopped:
+        while step < cfg.max_steps and not stopped:
             if grow(model, optimizer, cfg, step):
                 compiled, ddp_model = prepare_model(model, use_compile)
             start = time.perf_counter()
@@ -942,17 +943,16 @@ def train(cfg, options, ckpt):
                 scaler.scale(part_loss).backward()
                 total += part_loss.detach()
             scaler.unscale_(optimizer)
-            norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+            norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
             loss, norm = torch.stack([total / world_size, norm]).tolist()  # waits for the GPU
 
             # All processes must agree on the loss, and on whether one of them was told to stop.
             # In float16, a gradient that is not finite is no error: the scaler skips that step.
             loss, n_signals = add_up([loss, len(signals)], device)
             stopped = n_signals > 0
-            finite = math.isfinite(norm) or scaler.is_enabled()
-            if not (finite and math.isfinite(loss)):
-                problem = f"step {step + 1}: loss {loss}, gradient norm {norm}"
-                raise UserError(f"{problem}. {out / 'ckpt.pt'} is from before it")
+            if not (math.isfinite(loss) and (math.isfinite(norm) or scaler.is_enabled())):
+                problem = f"loss {loss}, gradient norm {norm}"
+                raise UserError(f"step {step + 1}: {problem}. {out}/ckpt.pt is from before it")
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad()
@@ -976,7 +976,7 @@ def train(cfg, options, ckpt):
                     save("best.pt")
 
             # A line on the terminal, and a row in log.csv, where None becomes an empty cell.
-            if step % cfg.log_interval == 0 or evaluating or stopped:
+            if step == 1 or step % cfg.log_interval == 0 or evaluating or stopped:
                 speed = (tokens - last_tokens) / (seconds - last_seconds)
                 last_tokens, last_seconds = tokens, seconds
                 minutes = (cfg.max_steps - step) * tokens_per_step / speed / 60
@@ -989,18 +989,19 @@ def train(cfg, options, ckpt):
                 save("ckpt.pt")
 
     if not options.eval_only:
-        log.close()
         grow(model, optimizer, cfg, step)
-        text = f"{step:,} steps, {seconds:.0f} s; --resume continues."
-        print0(f"{text} Try python sample.py --ckpt '{out}/ckpt.pt'")
+        file = out / "ckpt.pt"
+        if best < last_val:
+            file = out / "best.pt"
+            print0(f"best: {best:.4f} at step {read_checkpoint(file)['step']:,}, {file}")
+        text = f"{step:,} steps, {seconds:.0f} s; --resume continues, also to other --max-steps."
+        print0(f"{text} Try python sample.py --ckpt '{file}'")
 
     # At the end, a whole split is evaluated, not only its first eval_tokens.
     split = options.split
     if split in splits and not stopped:
         nats = evaluate(compiled, splits[split], cfg.eot, amp, options.stride)
         print0(f"all of {split}: {describe(nats, meta['splits'][split], model.likelihood)}")
-    if best < last_val:
-        print0(f"{out / 'best.pt'} is better, with a validation loss of {best:.4f}")
     del ddp_model  # before the process group that it uses, or the end of gloo's threads may hang
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -1014,7 +1015,7 @@ def main(argv=None):
     except KeyboardInterrupt:  # in an evaluation: training catches the signal
         print(f"{FILE}: interrupted", file=sys.stderr)
         sys.exit(130)  # as in a shell
-    except (UserError, OSError) as e:
+    except (UserError, OSError, MemoryError) as e:
         sys.exit(f"{FILE}: {e}")
     except RuntimeError as e:  # what torch raises for a CPU out of memory, and for a full disk
         if not isinstance(e, torch.OutOfMemoryError) and "enforce fail" not in str(e):
@@ -1023,4 +1024,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # a terminal may lack a character of a path
     main()
