@@ -562,16 +562,16 @@ def choose_device(device="auto", dtype="auto"):
     return device, getattr(torch, dtype)
 
 
-def number(kind, least):
+def at_least(least, kind):
     """Returns a function that reads an int or a float from the command line, `least` or more."""
 
-    def read(text):
+    def number(text):
         value = kind(text)
         if not value >= least:  # so that nan is refused, too
             raise argparse.ArgumentTypeError(f"{text}: at least {least} is needed")
         return value
 
-    return read
+    return number
 
 
 def make_parser():
@@ -582,7 +582,7 @@ def make_parser():
     add("--preset", choices=PRESETS, help="a named size with its training")
     add("--eval-only", action="store_true", help="evaluate --init-from, or ckpt.pt in --out")
     add("--split", default="val", help="what is evaluated at the end: train, val or test")
-    add("--stride", type=number(int, 1), help="at the end: each window scores STRIDE targets")
+    add("--stride", type=at_least(1, int), help="at the end: each window scores STRIDE targets")
     start = parser.add_mutually_exclusive_group()
     start.add_argument("--resume", action="store_true", help="continue the run in --out")
     start.add_argument("--init-from", metavar="CKPT", help="start a new run from these weights")
@@ -593,7 +593,7 @@ def make_parser():
         kind = {"type": field.type}
         if field.type in (int, float):
             least = int(field.type is int and field.name not in MAY_BE_ZERO)
-            kind["type"] = number(field.type, min(least, field.default))
+            kind["type"] = at_least(min(least, field.default), field.type)
         if field.type in (bool, bool | None):
             kind = {"action": argparse.BooleanOptionalAction}  # --compile and --no-compile
         if field.name == "dtype":
@@ -836,12 +836,16 @@ def train(cfg, options, ckpt):
 
     if not options.eval_only:
         grow(model, optimizer, cfg, step)
-        file = out / "ckpt.pt"
-        if best < last_val:
-            file = out / "best.pt"
-            print0(f"best: {best:.4f} at step {read_checkpoint(file)['step']:,}, {file}")
-        text = f"{step:,} steps, {seconds:.0f} s; --resume continues, also to other --max-steps."
-        print0(f"{text} Try python sample.py --ckpt '{file}'")
+        name = "ckpt.pt"
+        if rank == 0 and best < last_val:
+            name = "best.pt"
+            print0(
+                f"best: {best:.4f} at step {read_checkpoint(out / name)['step']:,}, {out / name}"
+            )
+        print0(
+            f"{step:,} steps, {seconds:.0f} s; --resume continues, also to other --max-steps. "
+            f"Try python sample.py --ckpt '{out / name}'"
+        )
 
     # At the end, a whole split is evaluated, not only its first eval_tokens.
     split = options.split
