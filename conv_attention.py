@@ -1,33 +1,36 @@
-"""Convolution attention: compress 64 tokens into one vector, attend over the short sequence, expand it again.
+"""Convolution attention: most blocks work on a sequence that is 4, 16 or 64 times shorter.
 
-    idx (B, T)                                                            logits (B, T, V)
-      | wte + wpe                                                           ^ ln_f, transpose of wte
-      v                                                                     |
-    (B, T,    48)   1 block   --+                                +-->   1 block         a level: its width doubles,
-    (B, T/4,  96)      2 blocks +--+                          +--+   2 blocks           its length is a quarter
-    (B, T/16, 192)        2 blocks +--+                    +--+   2 blocks
-    (B, T/64, 384)                    +-->   2 blocks   ---+
-                         compress: Linear(4 C, 2 C)      expand: Linear(2 C, 4 C)
+    (B, T, 48)        1 block --+----------------------------------------------> + --> 1 block
+                                | compress                                       ^ expand
+    (B, T/4, 96)                2 blocks --+------------------------> + --> 2 blocks
+                                           | compress                 ^ expand
+    (B, T/16, 192)                         2 blocks --+--> + --> 2 blocks
+                                             compress |    ^ expand
+    (B, T/64, 384)                                    2 blocks
 
-`compress` maps four neighbouring vectors, concatenated, to one: a Conv1d whose kernel size is its stride. `expand` maps
-one vector to four: a ConvTranspose1d with a bias for each of the four. There are two ways to train this:
+The four rows are levels 0 to 3. The embeddings come before level 0 and the head after it, as in
+gpt2.py. `compress` makes one vector of four neighbours, laid end to end: Linear(4 C, 2 C). This is a
+Conv1d whose kernel size is its stride. `expand` makes four vectors of one: Linear(2 C, 4 C).
 
---ahead 64, the source's objective: row i scores token i + 64. A block of 64 tokens is read whole, and the 64 tokens of
-    the next one are predicted at once, independently of each other. Sampling makes 64 tokens per forward pass.
---ahead 1, next-token prediction as in Hourglass (Nawrot et al. 2022, arXiv 2110.13711, sections 2.2 and 2.3): the
-    sequence is shifted right by 3 before it is compressed, so that a group of four is complete with its newest token,
-    and a skip connection leads around each shortened part. With a cache, levels advance every 1, 4, 16 and 64 tokens.
+--ahead 1 predicts the next token, like the Hourglass transformer (Nawrot et al. 2022, arXiv
+    2110.13711, sections 2.2 and 2.3). A token must not see later tokens of its group of four, so
+    the groups are shifted by three tokens: see Level.hourglass. Skip connections, the long arrows
+    in the drawing, lead past the shorter levels. In sampling, the levels run at every token, every
+    4th, every 16th and every 64th.
+--ahead 64, the default, is the source's objective: row i scores token i + 64. Whole blocks of 64
+    tokens are read, and the 64 tokens of the next block are predicted at once, each by itself.
+    There is no shift and no skip connection. So far ahead little can be known: the loss hardly
+    falls below that of the token frequencies. results/conv_attention.md has the numbers.
 
-Source: github.com/swortaljuju/lmsmall, "Convolution Attention Model". Its own expander leaks the targets: a Conv1d that
-takes positions for channels, so every output sees all inputs, among them 960 of the 1,024 targets of a window. The
-published loss of 1.42, where GPT-2 has 3.54, is that of copying them. --expander sequence keeps it as an exhibit: on
-i.i.d. tokens over 4 symbols, where no honest loss is below ln 4 = 1.386 nats, it brings those targets to 1.26.
+Source: github.com/swortaljuju/lmsmall, "Convolution Attention Model". Its expander is a convolution
+that takes the positions of the sequence for its channels, so that each row sees the whole window,
+most of the targets included. bench/leak.py shows what this does to the loss.
 
-    python conv_attention.py --preset demo                                  four minutes on a laptop's CPU
-    python conv_attention.py --preset demo --ahead 1 --out out/hourglass    the same, next-token prediction
-    python conv_attention.py --device cuda                                  the source's size on one GPU
+    python conv_attention.py --preset demo --ahead 1            four minutes on a laptop's CPU
+    python conv_attention.py --ahead 1 --device cuda            the source's size on one GPU
+    python conv_attention.py --preset demo --out out/ahead64    the source's objective on a CPU
 
-In the diff with gpt2.py: Level, and LevelsCache, whose levels advance at different rates.
+In the diff with gpt2.py: Level, and a Cache whose levels run at different rates.
 """
 
 import argparse
@@ -62,12 +65,11 @@ class Config:
     # The network: the fields above `data`. A checkpoint fixes them.
     vocab_size: int = 50257  # vocabulary size; training takes it from the data set
     block_size: int = 1024  # longest context, in tokens
-    n_layer: str = "1,2,2,2,2,2,1"  # blocks on the way down (3 levels), at the bottom, and on the way up (3)
-    n_head: int = 6  # attention heads, at every level
-    n_embd: int = 48  # width of the residual stream at full length, in channels
-    widths: str = "2,4,8"  # widths of the three shortened levels, in multiples of n_embd
-    ahead: int = 64  # 64: predict the next 64 tokens from whole blocks of 64; 1: the next token from all before it
-    expander: str = "local"  # local: one vector becomes four; sequence: the source's, an exhibit that leaks the targets
+    n_layer: str = "1,2,2,2,2,2,1"  # blocks: of levels 0 to 3 going down, of 2 to 0 going up
+    n_head: int = 6  # attention heads
+    n_embd: int = 48  # width of the residual stream at level 0, in channels
+    widths: str = "2,4,8"  # widths of levels 1 to 3, in multiples of n_embd
+    ahead: int = 64  # 1: predict the next token; 64: the next 64, from whole blocks of 64 tokens
     eot: int = -1  # id of the end of text (-1: the last id); training takes it from the data set
     # The run. These fields may change when a run is resumed.
     data: str = "data/stdlib"  # folder that prepare_data.py wrote
@@ -87,68 +89,6 @@ class Config:
     weight_decay: float = 0.1  # of matrices and embeddings, not of biases and norms
     grad_clip: float = 1.0  # a gradient whose norm is larger is scaled down to it; 0: no limit
     dropout: float = 0.0  # probability, after embeddings and sublayers and on attention weights
-
-
-PRESETS = {
-    "demo": dict(n_head=4, n_embd=64, batch_size=2, micro_batch=2, max_steps=950, eval_interval=250, log_interval=50,
-                 learning_rate=4e-3, warmup_steps=60),
-    "hourglass": dict(ahead=1, n_layer="1,1,1,1,1,1,1", n_head=4, n_embd=128, widths="1.25,1.5,1.5", batch_size=2,
-                      micro_batch=2, max_steps=1638, eval_interval=200, learning_rate=3e-3),
-}  # fmt: skip
-
-
-class Cache:
-    """Keys and values of the tokens fed so far, (n_layer, B, n_head, block_size, head size) each, `length` filled."""
-
-    def __init__(self, cfg, batch_size, like):
-        shape = (cfg.n_layer, batch_size, cfg.n_head, cfg.block_size, cfg.n_embd // cfg.n_head)
-        self.k, self.v, self.length = like.new_empty(shape), like.new_empty(shape), 0
-
-    def append(self, layer, k, v):
-        """Stores a layer's new keys and values (B, nh, T, hs); returns all of them (B, nh, length + T, hs)."""
-        end = self.length + k.size(2)
-        self.k[layer, :, :, self.length : end], self.v[layer, :, :, self.length : end] = k, v
-        return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
-
-    def select(self, rows):
-        """Makes row i of the batch what row rows[i] was: keeps, repeats or reorders them."""
-        old, end = (self.k, self.v), self.length
-        if len(rows) != self.k.size(1):
-            self.k, self.v = (x.new_empty(len(x), len(rows), *x.shape[2:]) for x in old)
-        moved = [(i, int(j)) for i, j in enumerate(rows) if i != j or self.k is not old[0]]  # the others stay
-        for new, x in zip((self.k, self.v), old):
-            for (i, _), row in zip(moved, [x[:, j, :, :end].clone() for _, j in moved]):
-                new[:, i, :, :end] = row
-
-
-class LevelsCache:
-    """The text so far, and what each level has computed of it: a Cache of keys and values, and with ahead = 1 the
-    `newest` 3 vectors, which the next group begins with, and those `expanded` for positions that are still to come."""
-
-    def __init__(self, model, batch_size, like):
-        self.ahead, self.expander, self.length = model.ahead, model.cfg.expander, 0
-        self.text = torch.zeros(batch_size, 0, dtype=torch.long, device=like.device)
-        self.levels = []
-        for cfg in (module.cfg for module in model.modules() if isinstance(module, Level)):
-            self.levels.append(Cache(cfg, batch_size, like))
-            self.levels[-1].newest = self.levels[-1].expanded = like.new_zeros(batch_size, 0, cfg.n_embd)
-
-    def feed(self, idx):
-        """Appends new tokens to the text; returns those to compute. They are the new ones alone, unless they move the
-        boundaries of the blocks of 64, which end where the text ends, or the expander mixes all positions anyway."""
-        self.text, self.length = torch.cat([self.text, idx], 1), self.length + idx.size(1)
-        if idx.size(1) % self.ahead == 0 and self.expander == "local":
-            return idx
-        for cache in self.levels:
-            cache.length = 0
-        return self.text
-
-    def select(self, rows):
-        """Makes row i of the batch what row rows[i] was: keeps, repeats or reorders them."""
-        self.text = self.text[rows]
-        for cache in self.levels:
-            cache.select(rows)
-            cache.newest, cache.expanded = cache.newest[rows], cache.expanded[rows]
 
 
 class Attention(nn.Module):
@@ -213,80 +153,101 @@ class Block(nn.Module):
         return x + self.drop(self.mlp(self.ln_2(x)))
 
 
-class SequenceExpander(nn.Conv1d):
-    """The source's expander, (B, S, 2 C) -> (B, 4 S, C), an exhibit: its channels are the positions, and each output
-    position sees all input positions. It has no bias, one number for all channels, which LayerNorm would subtract."""
-
-    def __init__(self, length):
-        super().__init__(length, 4 * length, kernel_size=2, stride=2, bias=False)
-
-    def forward(self, x):
-        S = x.size(1)
-        return F.conv1d(x, self.weight[: 4 * S, :S], stride=2)  # a shorter text takes a corner of the weights
-
-
 def sizes(cfg):
-    """The numbers in Config's strings: blocks (3 levels down, bottom, 3 up), and widths of the 4 levels in channels."""
+    """What n_layer and widths say, as three lists with a number for each level: blocks on the way
+    down, blocks on the way up (none at level 3), and the width in channels."""
     try:
-        n_layer, widths = [int(n) for n in cfg.n_layer.split(",")], [float(w) for w in f"1,{cfg.widths}".split(",")]
-        assert len(n_layer) == 7 and len(widths) == 4 and min(n_layer) >= 0 and min(widths) > 0
-    except (ValueError, AssertionError):
-        raise UserError(f"n_layer {cfg.n_layer!r}, widths {cfg.widths!r}: not like '1,2,2,2,2,2,1', '2,4,8'") from None
-    return n_layer, [round(w * cfg.n_embd) for w in widths]
+        blocks = [int(word) for word in cfg.n_layer.split(",")]
+        widths = [round(float(word) * cfg.n_embd) for word in f"1,{cfg.widths}".split(",")]
+        valid = len(blocks) == 7 and len(widths) == 4 and min(blocks) >= 0 and min(widths) > 0
+    except ValueError:  # a word is no number
+        valid = False
+    if not valid:
+        given = f"n_layer {cfg.n_layer!r} and widths {cfg.widths!r}"
+        raise UserError(f"{given} must be like '1,2,2,2,2,2,1' and '2,4,8'")
+    down = blocks[:4]
+    up = [blocks[6], blocks[5], blocks[4], 0]
+    return down, up, widths
 
 
 class Level(nn.Module):
-    """Blocks at one sequence length; between those on the way down and those on the way up, the shorter levels."""
+    """The blocks at one sequence length. Between the way down and the way up it calls `inner`, the
+    next shorter level:
+
+        x = down(x)
+        x = x + expand(inner(compress(x)))    64 ahead: without "x +"; level 3: without this line
+        x = up(x)
+    """
 
     def __init__(self, cfg, depth=0):
         super().__init__()
-        n_layer, widths = sizes(cfg)
-        down, up = n_layer[depth], n_layer[6 - depth] if depth < 3 else 0
-        length = math.ceil(cfg.block_size / 64) * 64 // 4**depth
-        self.cfg = replace(cfg, n_embd=widths[depth], n_layer=down + up, block_size=length)
-        self.depth, self.shift = depth, cfg.ahead == 1
-        self.down = nn.ModuleList(Block(self.cfg) for _ in range(down))
-        self.up = nn.ModuleList(Block(self.cfg) for _ in range(up))
+        n_down, n_up, widths = sizes(cfg)
+        C = widths[depth]
+        self.cfg = replace(cfg, n_embd=C)  # for its blocks
+        self.depth = depth
+        self.length = math.ceil(cfg.block_size / 64) * 64 // 4**depth  # of the longest sequence
+        self.down = nn.ModuleList(Block(self.cfg) for _ in range(n_down[depth]))
+        self.up = nn.ModuleList(Block(self.cfg) for _ in range(n_up[depth]))
         if depth < 3:
-            C, C2 = widths[depth : depth + 2]
-            self.ln_c, self.compress = nn.LayerNorm(C), nn.Linear(4 * C, C2)
+            C2 = widths[depth + 1]
+            self.ln_c = nn.LayerNorm(C)
+            self.compress = nn.Linear(4 * C, C2)
             self.inner = Level(cfg, depth + 1)
-            self.ln_e, self.expand = nn.LayerNorm(C2), nn.Linear(C2, 4 * C)
-            if cfg.expander == "sequence":
-                self.expand = SequenceExpander(self.inner.cfg.block_size)
+            self.ln_e = nn.LayerNorm(C2)
+            self.expand = nn.Linear(C2, 4 * C)
 
     def forward(self, x, caches):
+        """(B, T, C) -> (B, T, C). In sampling, `caches` has a LevelCache for each of the 4 levels;
+        otherwise it is [None] * 4."""
         cache = caches[self.depth]
         for layer, block in enumerate(self.down):
             x = block(x, cache, layer)
         if self.depth < 3:
-            x = self.shortened(x, caches)
-        for layer, block in enumerate(self.up, len(self.down)):
-            x = block(x, cache, layer)
+            if self.cfg.ahead == 1:
+                x = self.hourglass(x, caches)
+            else:
+                x = self.whole_blocks(x, caches)
+        for layer, block in enumerate(self.up):
+            x = block(x, cache, len(self.down) + layer)
         if cache is not None:
             cache.length += x.size(1)
         return x
 
-    def shortened(self, x, caches):
-        """Compresses x (B, T, C), runs the shorter levels, expands what they return to (B, T, C)."""
+    def hourglass(self, x, caches):
+        """One ahead. Group j is tokens 4j - 3 to 4j, so it is complete when token 4j is read. What
+        the shorter levels make of it is added to tokens 4j to 4j + 3. None of these is earlier.
+
+            token      -3 -2 -1  0 | 1  2  3  4 | 5  6  7  8 |      -3 to -1 are vectors of zeros
+            group           0      |     1      |     2      |
+            added to     0 to 3    |   4 to 7   |   8 to 11  |
+        """
         B, T, C = x.shape
-        if not self.shift:  # whole blocks of 64, that is groups of 4 at every level
-            x = self.compress(self.ln_c(x).reshape(B, T // 4, 4 * C))  # (B, T/4, C')
-            return self.expand(self.ln_e(self.inner(x, caches))).view(B, T, C)
-        # Group j is tokens 4j - 3 to 4j. It is complete with token 4j, and expanded for tokens 4j to 4j + 3.
         cache = caches[self.depth]
-        past = cache.length if cache is not None else 0
-        seen = torch.cat([cache.newest, x], 1) if past else F.pad(x, (0, 0, 3, 0))  # from token past - 3 on
-        expanded = cache.expanded if past else x[:, :0]  # for tokens from `past` on
-        first = -past % 4  # index in `seen` at which the next group begins
-        if n := (3 + T - first) // 4:
-            groups = seen[:, first : first + 4 * n]  # (B, 4 n, C)
-            groups = self.compress(self.ln_c(groups).reshape(B, n, 4 * C))  # (B, n, C')
-            late = self.expand(self.ln_e(self.inner(groups, caches))).view(B, 4 * n, C)
-            expanded = torch.cat([expanded, late], 1)
+        if cache is None:
+            newest = x.new_zeros(B, 3, C)  # tokens -3 to -1
+            expanded = x.new_zeros(B, 0, C)  # nothing yet
+        else:
+            newest = cache.newest  # (B, 0 to 3, C): vectors before x, whose group is not complete
+            expanded = cache.expanded  # (B, 0 to 3, C): to be added to the first vectors of x
+        ungrouped = torch.cat([newest, x], dim=1)
+        n = ungrouped.size(1) // 4  # groups that are complete now
+        if n > 0:
+            groups = ungrouped[:, : 4 * n]  # (B, 4 n, C)
+            groups = self.ln_c(groups).reshape(B, n, 4 * C)  # four neighbours end to end
+            y = self.inner(self.compress(groups), caches)  # (B, n, C')
+            y = self.expand(self.ln_e(y)).view(B, 4 * n, C)  # (B, n, 4 C) -> (B, 4 n, C)
+            expanded = torch.cat([expanded, y], dim=1)
         if cache is not None:
-            cache.newest, cache.expanded = seen[:, -3:], expanded[:, T:]
-        return x + expanded[:, :T]
+            cache.newest = ungrouped[:, 4 * n :]
+            cache.expanded = expanded[:, T:]  # to be added to tokens that are still to come
+        return x + expanded[:, :T]  # the skip connection
+
+    def whole_blocks(self, x, caches):
+        """64 ahead. x is whole blocks of 64 tokens, so the groups are complete at every level."""
+        B, T, C = x.shape
+        groups = self.ln_c(x).reshape(B, T // 4, 4 * C)  # four neighbours end to end
+        y = self.inner(self.compress(groups), caches)  # (B, T/4, C')
+        return self.expand(self.ln_e(y)).view(B, T, C)  # (B, T/4, 4 C) -> (B, T, C)
 
 
 # What every model file has. The training loop below and sample.py ask for no more than this:
@@ -304,54 +265,155 @@ class Level(nn.Module):
 
 
 class Model(nn.Module):
-    """Convolution attention. model(idx) -> logits (B, T, V), row i scores token i + ahead; model(idx, targets) -> mean
-    cross-entropy in nats, a scalar; model(idx, cache=cache) -> logits (B, ahead, V) for the tokens after idx, which
-    continues what the cache has seen. Raises ValueError for sizes that do not fit, or a text longer than block_size."""
+    """Convolution attention, as in the drawing at the top of this file."""
 
-    likelihood = True  # of the text: the loss has a meaning in bits per byte
+    likelihood = True
 
     def __init__(self, cfg):
         super().__init__()
-        n_layer, widths = sizes(cfg)
+        n_down, n_up, widths = sizes(cfg)
         if any(width % cfg.n_head for width in widths):
             raise UserError(f"widths {widths} are not all multiples of n_head {cfg.n_head}")
-        if cfg.ahead not in (1, 64) or cfg.expander not in ("local", "sequence"):
-            raise UserError(f"ahead {cfg.ahead} must be 1 or 64, expander {cfg.expander!r} 'local' or 'sequence'")
-        if cfg.expander == "sequence":
-            print("warning: --expander sequence leaks the targets: its loss says nothing", file=sys.stderr)
-        self.cfg, self.ahead = cfg, cfg.ahead
-        padded = math.ceil(cfg.vocab_size / 64) * 64  # for faster matmuls; padded logits are sliced off
+        if cfg.ahead not in (1, 64):
+            raise UserError(f"ahead {cfg.ahead} must be 1 or 64")
+        self.cfg = cfg
+        self.ahead = cfg.ahead
+        padded = math.ceil(cfg.vocab_size / 64) * 64  # matrix products of such a size are faster
         self.wte = nn.Embedding(padded, cfg.n_embd)
-        self.wpe = nn.Embedding(math.ceil(cfg.block_size / 64) * 64, cfg.n_embd)
+        self.wpe = nn.Embedding(math.ceil(cfg.block_size / 64) * 64, cfg.n_embd)  # whole blocks
         self.drop = nn.Dropout(cfg.dropout)
         self.level = Level(cfg)
         self.ln_f = nn.LayerNorm(cfg.n_embd)
         self.lm_head = nn.Linear(cfg.n_embd, padded, bias=False)
-        self.lm_head.weight = self.wte.weight
+        self.lm_head.weight = self.wte.weight  # one matrix for both
         for name, p in self.named_parameters():
-            if p.dim() == 2:  # residual projections are scaled by 1 / sqrt(2 n_layer): that many are added up
-                nn.init.normal_(p, std=0.02 / math.sqrt(2 * sum(n_layer)) if "c_proj" in name else 0.02)
+            if p.dim() >= 2:
+                std = 0.02
+                if "c_proj" in name:  # a block has two such layers, as in gpt2.py
+                    std /= math.sqrt(2 * sum(n_down + n_up))
+                nn.init.normal_(p, std=std)
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
 
     def forward(self, idx, targets=None, cache=None):
-        T, past = idx.size(1), cache.length if cache is not None else 0
+        T = idx.size(1)
+        past = 0 if cache is None else cache.length  # tokens before idx
         if past + T > self.cfg.block_size:
             raise UserError(f"{past + T} tokens do not fit block_size {self.cfg.block_size}")
-        if cache is not None:
-            idx, past = cache.feed(idx), cache.levels[0].length
-        # Blocks of `ahead` tokens end where the text ends: end of text fills up the first one.
-        idx = F.pad(idx, (-idx.size(1) % self.ahead, 0), value=self.cfg.eot % self.cfg.vocab_size)
-        position = torch.arange(past, past + idx.size(1), device=idx.device)
-        x = self.drop(self.wte(idx) + self.wpe(position))  # (B, T, C), T padded
-        x = self.level(x, [None] * 4 if cache is None else cache.levels)
-        x = self.ln_f(x[:, -(T if cache is None else self.ahead) :])
-        if targets is not None:
+        if cache is None:
+            tokens = idx
+            levels = [None] * 4
+            start = 0
+        else:  # what was computed before need not be computed again
+            tokens = cache.feed(idx)
+            levels = cache.levels
+            start = levels[0].length  # the position of tokens[:, 0]
+        if self.ahead == 64:  # blocks end where the text ends: end of text fills up the first one
+            eot = self.cfg.eot % self.cfg.vocab_size  # -1 is the last id
+            tokens = F.pad(tokens, (-tokens.size(1) % 64, 0), value=eot)
+        positions = torch.arange(start, start + tokens.size(1), device=idx.device)
+        x = self.drop(self.wte(tokens) + self.wpe(positions))  # (B, T, C), T with the padding
+        x = self.level(x, levels)
+        if cache is None:
+            x = x[:, -T:]  # without the padding
+        else:
+            x = x[:, -self.ahead :]  # only the tokens after idx are asked for
+        x = self.ln_f(x)
+        if targets is not None:  # F.cross_entropy of the logits, in less memory: see below
             return linear_cross_entropy(x, self.lm_head.weight, targets, self.cfg.vocab_size)
-        return self.lm_head(x)[..., : self.cfg.vocab_size]  # (B, T, V)
+        return self.lm_head(x)[..., : self.cfg.vocab_size]  # (B, T, V), without the padding
 
     def new_cache(self, batch_size):
-        return LevelsCache(self, batch_size, self.wte.weight)
+        return Cache(self, batch_size)
+
+
+class Cache:
+    """The text so far, and what each level has computed of it, so that new tokens cost little.
+
+    One ahead, a token reaches level 1 only if it completes a group of four, and level 2 only if
+    this completes a group at level 1. So a level runs at every 1st, 4th, 16th or 64th token.
+    """
+
+    def __init__(self, model, batch_size):
+        like = model.wte.weight
+        levels = [module for module in model.modules() if isinstance(module, Level)]  # 0 to 3
+        self.levels = [LevelCache(level, batch_size, like) for level in levels]
+        self.ahead = model.ahead
+        self.text = torch.zeros(batch_size, 0, dtype=torch.long, device=like.device)
+        self.length = 0  # tokens of the text
+
+    def feed(self, idx):
+        """Appends new tokens (B, T) to the text, and returns the tokens that must be computed.
+
+        One ahead, these are the new tokens. 64 ahead, blocks of 64 are counted from the end of the
+        text: 64 more tokens are one more block, but one more token shifts all the blocks, and then
+        the whole text must be computed again.
+        """
+        self.text = torch.cat([self.text, idx], dim=1)
+        self.length += idx.size(1)
+        if idx.size(1) % self.ahead == 0:
+            return idx
+        for level in self.levels:
+            level.length = 0
+        return self.text
+
+    def select(self, rows):
+        """Text i is replaced by text rows[i]."""
+        rows = torch.as_tensor(rows).tolist()
+        self.text = self.text[rows]
+        for level in self.levels:
+            level.select(rows)
+
+
+class LevelCache:
+    """The keys and values of one level and, one ahead, what lies between two groups of four.
+
+    newest (B, 0 to 3, C): the last vectors, whose group is not complete yet
+    expanded (B, 0 to 3, C): what the shorter levels have made for tokens that are still to come
+    """
+
+    def __init__(self, level, batch_size, like):
+        cfg = level.cfg
+        n_blocks = len(level.down) + len(level.up)
+        shape = (n_blocks, batch_size, cfg.n_head, level.length, cfg.n_embd // cfg.n_head)
+        self.k = like.new_empty(shape)
+        self.v = like.new_empty(shape)
+        self.length = 0  # positions that are filled, the same in all blocks of the level
+        self.newest = like.new_zeros(batch_size, 3, cfg.n_embd)  # for tokens -3 to -1
+        self.expanded = like.new_zeros(batch_size, 0, cfg.n_embd)
+
+    def append(self, layer, k, v):
+        """Stores the new keys and values of a layer, (B, nh, T, hs), and returns those of all
+        tokens, (B, nh, length + T, hs). When all layers have stored theirs, `length` goes up by T.
+        """
+        end = self.length + k.size(2)
+        self.k[layer, :, :, self.length : end] = k
+        self.v[layer, :, :, self.length : end] = v
+        return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
+
+    def select(self, rows):
+        """Text i is replaced by text rows[i]. Beam search does this at every step, but few texts
+        move then. Only these are copied, and only the positions that are filled."""
+        self.newest = self.newest[rows]
+        self.expanded = self.expanded[rows]
+        if len(rows) != self.k.size(1):  # another number of texts
+            self.k = self.k[:, rows]
+            self.v = self.v[:, rows]
+            return
+        moved = [i for i, row in enumerate(rows) if row != i]
+        sources = [rows[i] for i in moved]
+        for x in (self.k, self.v):  # all sources are copied before one of them is overwritten
+            x[:, moved, :, : self.length] = x[:, sources, :, : self.length]
+
+
+# Named sizes and their training.
+SMALL = dict(n_head=4, batch_size=2, micro_batch=2)  # a step has 2 x 1024 tokens
+HOURGLASS = dict(ahead=1, n_layer="1,1,1,1,1,1,1", n_embd=128, widths="1.25,1.5,1.5", **SMALL)
+DEMO = dict(max_steps=950, eval_interval=250, log_interval=50, learning_rate=4e-3, warmup_steps=60)
+PRESETS = {
+    "hourglass": dict(max_steps=1638, eval_interval=200, learning_rate=3e-3, **HOURGLASS),
+    "demo": dict(n_embd=64, **SMALL, **DEMO),
+}
 
 
 # The three functions that the training loop calls. Each model file has its own.
@@ -656,16 +718,16 @@ def choose_device(device="auto", dtype="auto"):
     return device, getattr(torch, dtype)
 
 
-def number(kind, least):
+def at_least(least, kind):
     """Returns a function that reads an int or a float from the command line, `least` or more."""
 
-    def read(text):
+    def number(text):
         value = kind(text)
         if not value >= least:  # so that nan is refused, too
             raise argparse.ArgumentTypeError(f"{text}: at least {least} is needed")
         return value
 
-    return read
+    return number
 
 
 def make_parser():
@@ -676,7 +738,7 @@ def make_parser():
     add("--preset", choices=PRESETS, help="a named size with its training")
     add("--eval-only", action="store_true", help="evaluate --init-from, or ckpt.pt in --out")
     add("--split", default="val", help="what is evaluated at the end: train, val or test")
-    add("--stride", type=number(int, 1), help="at the end: each window scores STRIDE targets")
+    add("--stride", type=at_least(1, int), help="at the end: each window scores STRIDE targets")
     start = parser.add_mutually_exclusive_group()
     start.add_argument("--resume", action="store_true", help="continue the run in --out")
     start.add_argument("--init-from", metavar="CKPT", help="start a new run from these weights")
@@ -687,7 +749,7 @@ def make_parser():
         kind = {"type": field.type}
         if field.type in (int, float):
             least = int(field.type is int and field.name not in MAY_BE_ZERO)
-            kind["type"] = number(field.type, min(least, field.default))
+            kind["type"] = at_least(min(least, field.default), field.type)
         if field.type in (bool, bool | None):
             kind = {"action": argparse.BooleanOptionalAction}  # --compile and --no-compile
         if field.name == "dtype":
@@ -930,12 +992,16 @@ def train(cfg, options, ckpt):
 
     if not options.eval_only:
         grow(model, optimizer, cfg, step)
-        file = out / "ckpt.pt"
-        if best < last_val:
-            file = out / "best.pt"
-            print0(f"best: {best:.4f} at step {read_checkpoint(file)['step']:,}, {file}")
-        text = f"{step:,} steps, {seconds:.0f} s; --resume continues, also to other --max-steps."
-        print0(f"{text} Try python sample.py --ckpt '{file}'")
+        name = "ckpt.pt"
+        if rank == 0 and best < last_val:
+            name = "best.pt"
+            print0(
+                f"best: {best:.4f} at step {read_checkpoint(out / name)['step']:,}, {out / name}"
+            )
+        print0(
+            f"{step:,} steps, {seconds:.0f} s; --resume continues, also to other --max-steps. "
+            f"Try python sample.py --ckpt '{out / name}'"
+        )
 
     # At the end, a whole split is evaluated, not only its first eval_tokens.
     split = options.split
