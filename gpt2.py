@@ -797,8 +797,10 @@ def train(cfg, options, ckpt):
             loss, n_signals = add_up([loss, len(signals)], device)
             stopped = n_signals > 0
             if not (math.isfinite(loss) and (math.isfinite(norm) or scaler.is_enabled())):
-                problem = f"loss {loss}, gradient norm {norm}"
-                raise UserError(f"step {step + 1}: {problem}. {out}/ckpt.pt is from before it")
+                raise UserError(
+                    f"step {step + 1}: loss {loss}, gradient norm {norm}. "
+                    f"{out}/ckpt.pt is from before it"
+                )
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad()
@@ -867,10 +869,13 @@ def main(argv=None):
         sys.exit(130)  # as in a shell
     except (UserError, OSError, MemoryError) as e:
         sys.exit(f"{FILE}: {e}")
-    except RuntimeError as e:  # what torch raises for a CPU out of memory, and for a full disk
-        if not isinstance(e, torch.OutOfMemoryError) and "enforce fail" not in str(e):
+    except RuntimeError as e:  # "enforce fail": no memory on a CPU, or no space on the disk
+        if not re.search(r"enforce fail|out of memory|C(\+\+)? compiler", str(e)):
             raise
-        sys.exit(f"{FILE}: out of memory, or of space on the disk ({str(e).splitlines()[0]})")
+        sys.exit(
+            f"{FILE}: no memory, no space on the disk, or no compiler (--no-compile): "
+            f"{str(e).splitlines()[0]}"
+        )
 
 
 if __name__ == "__main__":
