@@ -1,15 +1,18 @@
 """Training speed: tokens/s and peak memory, contestants side by side.
 
     python bench/train.py                        each model file beside gpt2.py of its size
-    python bench/train.py --nanogpt DIR          and gpt2.py beside nanoGPT; DIR: a clone of github.com/karpathy/nanoGPT
-    python bench/train.py "/old/gpt2.py --dtype float32" "gpt2.py --dtype float32"          any two or more commands
+    python bench/train.py --nanogpt DIR          and gpt2.py beside nanoGPT (a clone of it)
+    python bench/train.py "/old/gpt2.py --dtype float32" "gpt2.py --dtype float32"     any commands
 
-Each contestant is a process, because memory that a process keeps is part of its speed. They take turns of two training
-steps on random tokens. Prints median tokens/s, peak memory above what imports take, ratios of the last to the fastest.
+Each contestant is a process, because memory that a process keeps is part of its speed. They take
+turns of two training steps on random tokens. Prints median tokens/s, peak memory above what imports
+take, and ratios of the last to the fastest. On a GPU whose peak is known it prints MFU, too: the
+share of that peak that the matrix products of the network are computed at.
 """
 
 import argparse
 import importlib
+import os
 import platform
 import shlex
 import statistics
@@ -20,25 +23,70 @@ from itertools import chain
 from pathlib import Path
 from resource import RUSAGE_SELF, getrusage
 
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as in the model files, before torch is imported
+
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # for all who import this file, too
-PAIRS = [  # gpt2.py and progressive.py have 12 layers and a width of 192 by default
-    ("gpt2.py --block-size 1024 --n-layer 6 --batch-size 2", "conv_attention.py --preset hourglass"),
-    *(("gpt2.py", f"progressive.py --stage {stage}") for stage in (1, 2, 3)),
-    ("gpt2.py --block-size 512 --n-layer 8 --n-head 4 --n-embd 256 --batch-size 4", "mixer.py --batch-size 4"),
+
+# gpt2.py and progressive.py have 12 layers and a width of 192 by default.
+PAIRS = [
+    (
+        "gpt2.py --block-size 1024 --n-layer 6 --batch-size 2",
+        "conv_attention.py --preset hourglass",
+    ),
+    ("gpt2.py", "progressive.py --stage 1"),
+    ("gpt2.py", "progressive.py --stage 2"),
+    ("gpt2.py", "progressive.py --stage 3"),
+    (
+        "gpt2.py --block-size 512 --n-layer 8 --n-head 4 --n-embd 256 --batch-size 4",
+        "mixer.py --batch-size 4",
+    ),
     ("gpt2.py --n-layer 4 --n-head 8 --n-embd 512 --batch-size 10", "scratch_former.py"),
 ]
-SHAPES = ["--n-layer 4 --n-head 4 --n-embd 128 --vocab-size 4096 --batch-size 16"]  # of gpt2.py and nanoGPT
-SHAPES += ["--n-layer 6 --n-head 6 --n-embd 192 --vocab-size 50304 --batch-size 8"]
+SHAPES = [  # of gpt2.py beside nanoGPT
+    "--n-layer 4 --n-head 4 --n-embd 128 --vocab-size 4096 --batch-size 16",
+    "--n-layer 6 --n-head 6 --n-embd 192 --vocab-size 50304 --batch-size 8",
+]
+# TFLOP/s of dense matrix products in bfloat16, by what stands in the name of the card. The first
+# that fits counts: an H100 that is neither PCIe nor NVL is an SXM.
+PEAKS = {
+    "H100 PCIe": 756,
+    "H100 NVL": 835,
+    "H100": 989,
+    "H200": 989,
+    "A100": 312,
+    "RTX 4090": 165,
+}
 
 
 def machine(device="cpu"):
     """What speed depends on, as one line."""
-    fast = [name for name in ("amx_bf16", "avx512_bf16") if torch.cpu.get_capabilities().get(name)]
-    cpu = f"{platform.machine()} {' '.join(fast) or 'without bfloat16'}, {torch.get_num_threads()} threads"
-    return f"torch {torch.__version__}, {cpu if device == 'cpu' else torch.cuda.get_device_name(device)}"
+    if device != "cpu":
+        return f"torch {torch.__version__}, {torch.cuda.get_device_name(device)}"
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # torch < 2.11: empty
+    fast = [name for name in ("amx_bf16", "avx512_bf16") if capabilities.get(name)]
+    cpu = " ".join([platform.machine(), *fast])
+    return f"torch {torch.__version__}, {cpu}, {torch.get_num_threads()} threads"
+
+
+def peak_of(device):
+    """The card's peak in TFLOP/s, or None if it is not known."""
+    name = "" if device == "cpu" else torch.cuda.get_device_name(device)
+    if "MIG" in name or "Laptop" in name:  # a part of the card; a smaller card
+        return None
+    return next((peak for card, peak in PEAKS.items() if card in name), None)
+
+
+def flops_per_token(model, idx, targets):
+    """What training on a token costs, in FLOPs: three times the matrix products of a forward pass,
+    since a backward pass has two for each. For GPT-2 of N parameters without the positions, L
+    layers and H heads of size Q this is 6 N + 12 L H Q T, as nanoGPT counts. idx (1, T)."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(idx, targets)
+    return 3 * counter.get_total_flops() / idx.numel()
 
 
 def compare(ours, theirs):
@@ -55,74 +103,110 @@ def shell(command):
 
 
 def take_turns(file, *options):
-    """Trains in this process: three steps, then as many as each line of stdin says. Prints tokens/s and bytes held."""
-    answers, sys.stdout = sys.stdout, sys.stderr  # nanoGPT prints
+    """Trains in this process: three steps, then as many as each line of stdin says. Prints each
+    time tokens/s, the bytes that it held at most, and the FLOPs of a token."""
+    answers = sys.stdout
+    sys.stdout = sys.stderr  # nanoGPT prints
     sys.path.insert(0, str(Path(ROOT, file).parent))
     module = importlib.import_module(Path(file).stem)
-    ours = module if hasattr(module, "parse") else importlib.import_module("gpt2")
-    cfg = ours.parse(options)[0]
-    device, dtype = ours.choose_device(cfg.device, cfg.dtype)
+    ours = hasattr(module, "parse")
+    main_file = module if ours else importlib.import_module("gpt2")
+    cfg = main_file.parse(options)[0]
+    device, dtype = main_file.choose_device(cfg.device, cfg.dtype)
+    cuda = device.type == "cuda"
     torch.optim.AdamW([torch.zeros(1, requires_grad=True)], fused=True)  # imports more
     before = getrusage(RUSAGE_SELF).ru_maxrss
-    if module is ours:
-        torch.set_float32_matmul_precision("medium" if dtype == torch.bfloat16 else "highest")  # as `train` does
+
+    if ours:
         model = module.Model(cfg).to(device)
         optimizer = module.configure_optimizer(model, cfg)
     else:
         shape = cfg.block_size, cfg.vocab_size, cfg.n_layer, cfg.n_head, cfg.n_embd
         model = module.GPT(module.GPTConfig(*shape, dropout=0.0, bias=False)).to(device)
         # nanoGPT's AdamW is fused where it is told that the device is a GPU.
-        optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), "cuda" if cfg.compile else device.type)
-    compiled = torch.compile(model) if cfg.compile or (cfg.compile is None and device.type == "cuda") else model
-    amp = torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
+        kind = "cuda" if cfg.compile else device.type
+        optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), kind)
+    amp = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     idx, targets = torch.randint(cfg.vocab_size, (2, cfg.batch_size, cfg.block_size), device=device)
+    with amp:
+        flops = flops_per_token(model, idx[:1], targets[:1])
+    use_compile = cuda if cfg.compile is None else cfg.compile
+    compiled = torch.compile(model) if use_compile else model
+
     for steps in chain([3], map(int, sys.stdin)):
         start = time.perf_counter()
         for _ in range(steps):
             with amp:
                 loss = compiled(idx, targets)
-            (loss if module is ours else loss[1]).backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()  # .item() waits for a GPU
-            optimizer.step()
+            if not ours:
+                loss = loss[1]  # nanoGPT returns logits and loss
+            scaler.scale(loss).backward()
+            scaler.unscale_(optimizer)
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()  # waits for a GPU
+            scaler.step(optimizer)
+            scaler.update()
             optimizer.zero_grad(set_to_none=True)
-        speed, peak = steps * idx.numel() / (time.perf_counter() - start), getrusage(RUSAGE_SELF).ru_maxrss
-        print(speed, torch.cuda.max_memory_allocated() or 1024 * (peak - before), file=answers, flush=True)
+        speed = steps * idx.numel() / (time.perf_counter() - start)
+        held = 1024 * (getrusage(RUSAGE_SELF).ru_maxrss - before)
+        if cuda:
+            held = torch.cuda.max_memory_allocated()
+        print(speed, held, flops, file=answers, flush=True)
 
 
-def race(commands, turns, steps):
-    """Lets the commands take turns, prints what came out, and returns median tokens/s and peak memory of each."""
+def race(commands, turns, steps, peak=None):
+    """Lets the commands take turns, prints what came out, and returns (median tokens/s, bytes held)
+    of each. With the card's peak in TFLOP/s it prints MFU, too."""
     worker = [sys.executable, "-c", "import sys, train; train.take_turns(*sys.argv[1:])"]
     pipes = dict(cwd=ROOT / "bench", stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     processes = [subprocess.Popen([*worker, *command.split()], **pipes) for command in commands]
     for command, process in zip(commands, processes):
         if not process.stdout.readline():  # the first steps do not count
             sys.exit(f"this contestant failed: {command}")
-    speeds, memory = [[] for _ in commands], [0.0 for _ in commands]
+    speeds = [[] for _ in commands]
+    memory = [0.0 for _ in commands]
+    flops = [0.0 for _ in commands]
     for _ in range(turns):
         for i, process in enumerate(processes):
             print(steps, file=process.stdin, flush=True)
-            speed, memory[i] = map(float, process.stdout.readline().split())
+            speed, memory[i], flops[i] = map(float, process.stdout.readline().split())
             speeds[i].append(speed)
-    medians = [statistics.median(found) for found in speeds]
-    for command, process, median, held in zip(commands, processes, medians, memory):
+    for process in processes:
         process.communicate()  # it ends
+
+    medians = [statistics.median(found) for found in speeds]
+    for command, median, held, cost in zip(commands, medians, memory, flops):
         print(f"{command}: {median:,.0f} tokens/s, {held / 1e6:,.0f} MB")
+        if peak:
+            share = median * cost / (peak * 1e12)
+            print(f"  MFU {share:.1%} of {peak} TFLOP/s, at {cost / 1e6:,.0f} MFLOPs a token")
     best = medians.index(max(medians[:-1] or medians))
-    print(f"  speed {compare(speeds[-1], speeds[best])}, memory {memory[-1] / memory[best]:.2f}", flush=True)
+    less = memory[-1] / memory[best]
+    print(f"  speed {compare(speeds[-1], speeds[best])}, memory {less:.2f}", flush=True)
     return [*zip(medians, memory)]
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main():
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("command", nargs="*", help="a model file with options; the last is ours")
     parser.add_argument("--nanogpt", help="a clone of nanoGPT")
     parser.add_argument("--device", default="cpu", help="(default: %(default)s)")
     args = parser.parse_args()
-    races = [args.command] if args.command else [[f"{file} --vocab-size 4096" for file in pair] for pair in PAIRS]
+    races = [[f"{file} --vocab-size 4096" for file in pair] for pair in PAIRS]
+    if args.command:
+        races = [args.command]
     for shape in SHAPES if args.nanogpt else []:
-        peer, ours = f"{Path(args.nanogpt).resolve()}/model.py {shape}", f"gpt2.py {shape}"
+        peer = f"{Path(args.nanogpt).resolve()}/model.py {shape}"
+        ours = f"gpt2.py {shape}"
+        fast = f"{peer} --compile --dtype"
         races.append([f"{peer} --dtype float32", ours])
-        races.append([f"{peer} --compile --dtype float32", f"{peer} --compile --dtype bfloat16", f"{ours} --compile"])
+        races.append([f"{fast} float32", f"{fast} bfloat16", f"{ours} --compile"])
     print(machine(args.device))
     for commands in races:
-        race([f"{command} --device {args.device}" for command in commands], turns=9, steps=2)
+        device = f"--device {args.device}"
+        race([f"{command} {device}" for command in commands], 9, 2, peak_of(args.device))
+
+
+if __name__ == "__main__":
+    main()
