@@ -547,7 +547,7 @@ def choose_device(device="auto", dtype="auto"):
     try:
         device = torch.zeros(1, device=device).device
     except (RuntimeError, AssertionError) as e:
-        raise UserError(f"--device {device}: {str(e).splitlines()[0]}. Try --device cpu") from e
+        raise UserError(f"--device {device}: {str(e).split('. ')[0]}. Try --device cpu") from e
     if device.type == "cuda":
         torch.cuda.set_device(device)  # the GPU of this process, from now on
 
