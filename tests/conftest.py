@@ -1,4 +1,5 @@
-"""What several test files need: the model files, a small data set, tiny runs, and processes that can be killed."""
+"""What several test files need: model files, a small data set, tiny runs, and processes that can be
+killed."""
 
 import csv
 import importlib
@@ -8,21 +9,25 @@ import os
 import random
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny networks: more threads only wait for each other
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # in tiny networks, threads only wait
 
 ROOT = Path(__file__).parent.parent
 BANNER = "# --- training: the same lines in every model file ---"
 MODEL_FILES = sorted(p.stem for p in ROOT.glob("*.py") if BANNER in p.read_text(encoding="utf-8"))
-# float32, because `auto` is bfloat16 on newer CPUs, whose rounding would hide what is compared
-TINY = """--n-embd 48 --n-head 6 --block-size 64 --batch-size 4 --micro-batch 2 --warmup-steps 5 --log-interval 1
-          --eval-tokens 512 --device cpu --dtype float32""".split()
+# float32, because `auto` is bfloat16 on newer CPUs, whose rounding would hide what is compared.
+TINY = """--n-embd 48 --block-size 64 --batch-size 4 --micro-batch 2 --warmup-steps 5
+          --log-interval 1 --eval-tokens 512 --device cpu --dtype float32""".split()
+FEW_LAYERS = {"gpt2": 1, "mixer": 1, "progressive": 4, "scratch_former": 1}
+FEW_LAYERS["conv_attention"] = "1,0,0,1,0,0,1"
 
 
 def load(name):
@@ -37,11 +42,13 @@ def data(tmp_path_factory):
 
 def make_data(folder):
     rng = random.Random(0)
-    words = ["the", "model", "reads", "a", "token", "and", "learns", "what", "follows", "it", "slowly", "naïve"]
-    lines = (json.dumps({"text": " ".join(rng.choices(words, k=150)) + "."}) + "\n" for _ in range(60))
-    (folder / "text.jsonl").write_text("".join(lines), encoding="utf-8")
-    load("prepare_data").main([str(folder / "text.jsonl"), "--tokenizer", "bpe:300", "--out", str(folder / "set")])
-    return folder / "set"
+    words = "the model reads a token and learns what follows it slowly naïve".split()
+    texts = [" ".join(rng.choices(words, k=150)) + "." for _ in range(60)]
+    source = folder / "text.jsonl"
+    source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), "utf-8")
+    out = folder / "set"
+    load("prepare_data").main([str(source), "--tokenizer", "bpe:300", "--out", str(out)])
+    return out
 
 
 def argv(data, out, *more):
@@ -50,8 +57,8 @@ def argv(data, out, *more):
 
 
 def train(name, data, out, *more):
-    """A tiny run in this process; returns the rows of its log."""
-    load(name).main(argv(data, out, *more))
+    """A tiny run of few layers in this process; returns the rows of its log."""
+    load(name).main(argv(data, out, "--n-layer", FEW_LAYERS[name], *more))
     return rows(out)
 
 
@@ -61,7 +68,7 @@ def rows(out):
 
 
 def same_rows(a, b):
-    """Whether two logs agree to the last bit in everything but the last two columns, which are of time."""
+    """Whether two logs agree to the last bit, except in the last two columns, which are of time."""
     return [list(r.values())[:-2] for r in a] == [list(r.values())[:-2] for r in b]
 
 
@@ -69,20 +76,34 @@ def refused(main, *options):
     """The one line with which a command ends."""
     with pytest.raises(SystemExit) as e:
         main([str(o) for o in options])
-    assert isinstance(e.value.code, str) and "\n" not in e.value.code and len(e.value.code) < 400, e.value.code
-    return e.value.code
+    line = e.value.code
+    assert isinstance(line, str) and "\n" not in line and len(line) < 400, line
+    return line
 
 
 def run(*args, expect=0):
-    """Runs `python ARGS...` in the repository, as a user does; returns its stdout, or stderr if it should fail."""
+    """Runs `python ARGS...` in the repository, as a user does; returns its stdout, or stderr if it
+    should fail."""
     command = [sys.executable, *map(str, args)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == expect, done.stdout + done.stderr
-    return done.stderr if expect else done.stdout
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    child = subprocess.Popen(command, cwd=ROOT, start_new_session=True, **pipes)
+    try:
+        out, err = child.communicate(timeout=200)
+    except BaseException:
+        child.terminate()  # then torchrun ends its workers, which have sessions of their own
+        with suppress(subprocess.TimeoutExpired):
+            child.wait(45)
+        with suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)
+        raise
+    assert child.returncode == expect, out + err
+    return err if expect else out
 
 
-def in_child(name, options, log, pause, file_limit):
-    """In a process of its own: main(options) of a file, on a disk as slow as `pause` and as small as `file_limit`."""
+def in_child(name, options, log, pause, file_limit, env):
+    """In a process of its own: main(options) of a file, on a disk as slow as `pause` and as small
+    as `file_limit`."""
+    os.environ.update({key: str(value) for key, value in env.items()})
     signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.stdout = sys.stderr = open(log, "a", encoding="utf-8", buffering=1)
     if file_limit:
@@ -94,15 +115,34 @@ def in_child(name, options, log, pause, file_limit):
 
 
 forks = multiprocessing.get_context("forkserver")
-forks.set_forkserver_preload(["torch", "torch.utils.flop_counter", "tiktoken"])  # imported once, not by each child
+forks.set_forkserver_preload(["torch._dynamo", "tiktoken"])  # imported once, not by each child
 
 
-def start(name, *options, log, pause=0.0, file_limit=0):
-    """Starts main(options) of a file in another process, which can be killed. Its output goes to the file `log`."""
+def start(name, *options, log, pause=0.0, file_limit=0, **env):
+    """Starts main(options) of a file in another process, which can be killed. Its output goes to
+    the file `log`."""
     log.touch()
-    child = forks.Process(target=in_child, args=(name, options, log, pause, file_limit))
+    arguments = (name, options, log, pause, file_limit, env)
+    child = forks.Process(target=in_child, args=arguments, daemon=True)
     child.start()
     return child
+
+
+def start_two(name, *options, log):
+    """Two processes that train as one, as torchrun starts them. Their logs are `log` 0 and 1."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    env = dict(WORLD_SIZE=2, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    return [start(name, *options, log=Path(f"{log} {rank}"), RANK=rank, **env) for rank in (0, 1)]
+
+
+@pytest.fixture(autouse=True)
+def no_process_outlives_its_test():
+    yield
+    for child in multiprocessing.active_children():
+        child.kill()
+        child.join()
 
 
 def wait_for(text, log, seconds=60):
