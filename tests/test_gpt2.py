@@ -13,7 +13,7 @@ import gpt2
 
 
 def random_model(seed=0, **config):
-    """A small network in eval mode. Its weights, biases and norms are so large that each matters."""
+    """A small network in eval mode. Weights, biases and norms are so large that each matters."""
     torch.manual_seed(seed)
     config = dict(vocab_size=50, block_size=32, n_layer=2, n_head=4, n_embd=32) | config
     model = gpt2.Model(gpt2.Config(**config))
