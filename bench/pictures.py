@@ -11,23 +11,20 @@ import math
 import numpy as np
 import torch
 from compare import MODELS
+from leak import NETWORKS
+from leak import train as train_on_random_tokens
 from runs import GREY, ROOT, curve, final, log, mean_and_error, picture, side_by_side, train
 from train import shell
 
 import gpt2
 import sample
 
-IID = "--data data/iid --device cpu --block-size 128 --batch-size 16 --micro-batch 16 --n-layer 0,0,0,0,0,0,0 "
-IID += "--max-steps 600 --warmup-steps 50 --eval-interval 600 --log-interval 5 --learning-rate 1e-3"
 RECALL = "--device cpu --block-size 128 --batch-size 32 --micro-batch 32 --max-steps 1000 "
 RECALL += "--warmup-steps 100 --eval-interval 1000 --learning-rate 2e-3"
 TEXT = "--device cpu --max-steps 1000 --eval-interval 1000 --log-interval 2 --learning-rate"
 AHEAD = "--n-layer 0,0,0,2,0,0,0 --n-embd 256 --widths 1,1,1 --n-head 4 --batch-size 8 --micro-batch 8 --device cpu "
 AHEAD += "--max-steps 1200 --warmup-steps 50 --learning-rate 2e-3 --eval-interval 60"
 RUNS = {
-    "ours, 64 ahead": f"conv_attention.py {IID}",
-    "ours, 1 ahead": f"conv_attention.py {IID} --ahead 1",
-    "the source's expander": f"conv_attention.py {IID} --expander sequence",
     "64 ahead": f"conv_attention.py {AHEAD}",
     "gpt2, 3 blocks": f"gpt2.py {TEXT} 4e-3 --n-layer 3 --n-head 4 --n-embd 128",
     "mixer": f"mixer.py {TEXT} 4e-3 --n-layer 3 --n-embd 128 --block-size 256 --batch-size 8 --micro-batch 8",
@@ -73,10 +70,15 @@ def lines(figure, names, rows=None):
 
 
 def draw_leak(figure):
-    axis = lines(figure, list(RUNS)[:3])
+    """Draws the training losses of bench/leak.py, each the mean of the last 20 steps."""
+    axis = figure.subplots()
+    for name, (ahead, leak) in NETWORKS.items():
+        losses = train_on_random_tokens(ahead, leak)[0]
+        means = np.convolve(losses, np.full(20, 1 / 20), "valid")
+        curve(axis, [*enumerate(means, 20)], name)
     axis.axhline(math.log(4), color=GREY, ls="--")
-    axis.annotate("ln 4: no honest loss is below", (0, 1.42), color=GREY)
-    axis.set_ylim(1.25, 1.5)
+    axis.annotate("ln 4: no honest loss is below", (100, 1.4), color=GREY)
+    axis.set(xlabel="optimizer steps", ylabel="training loss, nats per token", ylim=(1.1, 1.45))
 
 
 def draw_switch(figure):
@@ -95,21 +97,30 @@ def draw_switch(figure):
 
 @torch.no_grad()
 def draw_ahead(figure):
-    """Prints and draws nats by position in a block, of all blocks of val.bin with 960 tokens before them."""
-    axis, model = figure.subplots(), sample.load(ROOT / "out/pictures/64 ahead/ckpt.pt")[0]
+    """Prints and draws nats by position in a block of 64, for all blocks of val.bin that have 960
+    tokens before them."""
+    model = sample.load(ROOT / "out/pictures/64 ahead/ckpt.pt")[0]
     splits = gpt2.open_data(ROOT / model.cfg.data)[2]
-    counts, blocks = np.bincount(splits["train"], minlength=model.cfg.vocab_size) + 1.0, splits["val"].astype(np.int64)
-    p, blocks = torch.from_numpy(counts / counts.sum()), torch.from_numpy(blocks).unfold(0, 1024, 64)
+    counts = np.bincount(splits["train"], minlength=model.cfg.vocab_size) + 1.0
+    p = torch.from_numpy(counts / counts.sum())  # (V)
+    windows = torch.from_numpy(splits["val"].astype(np.int64)).unfold(0, 1024, 64)
+
     nats = {"token frequencies": 0, "mixed with those of 960 tokens": 0, "64 ahead": 0}
-    for rows in blocks.split(16):
-        text, block = rows.split([960, 64], 1)
-        counts = torch.stack([row.bincount(minlength=len(p)) for row in text])[:, None]
-        log_p = model(text, cache=model.new_cache(len(text)))  # (B, 64, V)
-        for name, guess in zip(nats, (p.log(), (0.6 * counts / 960 + 0.4 * p).log(), log_p)):
-            nats[name] -= guess.expand_as(log_p).gather(2, block[..., None])[..., 0].sum(0) / len(blocks)
-    print("| position | 1 | 2 | 3 to 4 | 5 to 8 | 9 to 16 | 17 to 32 | 33 to 64 | all |\n" + "| --- " * 9 + "|")
+    for rows in windows.split(16):
+        text, block = rows.split([960, 64], dim=1)
+        counts = torch.stack([row.bincount(minlength=len(p)) for row in text])[:, None]  # (B, 1, V)
+        log_p = model(text, cache=model.new_cache(len(text))).log_softmax(-1)  # (B, 64, V)
+        guesses = p.log(), (0.6 * counts / 960 + 0.4 * p).log(), log_p
+        for name, guess in zip(nats, guesses):
+            guess = guess.expand_as(log_p).gather(2, block[..., None])[..., 0]  # (B, 64)
+            nats[name] -= guess.sum(0) / len(windows)
+
+    print("| position | 1 | 2 | 3 to 4 | 5 to 8 | 9 to 16 | 17 to 32 | 33 to 64 | all |")
+    print("| --- " * 9 + "|")
+    axis = figure.subplots()
     for name, row in nats.items():
-        print(f"| {name} |", *(f"{part.mean():.3f} |" for part in [*row.split([1, 1, 2, 4, 8, 16, 32]), row]))
+        parts = [*row.split([1, 1, 2, 4, 8, 16, 32]), row]
+        print(f"| {name} |", *(f"{part.mean():.3f} |" for part in parts))
         curve(axis, [*enumerate(row.tolist(), 1)], name)
     axis.set(xlabel="position in the block of 64", ylabel="nats per token")
 
@@ -157,7 +168,6 @@ def draw_triangles(figure):
 def main():
     if not (ROOT / "data/stdlib/meta.json").exists():
         shell("prepare_data.py stdlib")
-    write_tokens("iid", 4, lambda rng, *size: [rng.integers(4, size=size)])
     write_tokens("named", 288, named)
     side_by_side(lambda submit: [run.result() for run in [submit(c, f"out/pictures/{n}") for n, c in RUNS.items()]])
     for draw in (draw_leak, draw_ahead, draw_switch, draw_recall):
