@@ -1,31 +1,34 @@
-"""The masked mixer: a learned lower-triangular matrix over positions instead of attention.
+"""The masked mixer: a learned triangular matrix over positions in the place of attention.
 
-    x (B, T, C) --+-------------------+--> x      n_layer times, as in gpt2.py
-                  |                   ^
-                  +-> ln_1 -> mix  ---+           a position gathers with row t of the matrix W:
-                  +-> ln_2 -> mlp  ---+               y[t] = sum over s <= t of W[t, s] x[s]
+    x = x + mix(ln_1(x))      each position reads the positions up to itself: y = tril(W) @ x
+    x = x + mlp(ln_2(x))      each position by itself; the rest is as in gpt2.py, too
 
-          W                W is a parameter: the weights depend on the positions and never on the tokens. There are no
-          w . . .          queries, no keys and no position embeddings, since each position has its own row of W.
-          w w . .          Decoding a token needs one row of W and the inputs of the earlier positions: half the
-          w w w .          memory of a cache of keys and values.
-          w w w w
+W for a text of 4 tokens. A row is a position that looks, a column a position that is looked at:
 
---mixing expanded: T -> 2 T -> T with a GELU between; each position has two of the 2 T hidden units.
---mixing softmax: each row of W is a softmax over the positions up to its own.
---n-head: one W for each slice of the channels. --kernel 4: each entry of W is a convolution of width 4 along them.
+        0  1  2  3
+    0   w  .  .  .            y[0] = W[0, 0] x[0]
+    1   w  w  .  .            y[1] = W[1, 0] x[0] + W[1, 1] x[1]
+    2   w  w  w  .            y[2] = W[2, 0] x[0] + W[2, 1] x[1] + W[2, 2] x[2]
+    3   w  w  w  w            y[3] = W[3, 0] x[0] + W[3, 1] x[1] + W[3, 2] x[2] + W[3, 3] x[3]
 
-Source: blbadger, "Smaller, Simpler Language Models" (a draft), and Badger 2024, arXiv 2409.01482, section 3. The
-draft's code puts a new nn.Parameter in place of W in every forward, so the optimizer never updates W. The paper's code
-overwrites W.data, so masked entries still have gradients, which distort clipping. Here the mask is part of the graph.
-Both sources mask the expanded form with tril of a (2 T, T) matrix: half of the hidden units never reach the output.
-And tril before a softmax masks nothing, since exp(0) = 1. Unlike the sources, this model has a LayerNorm before its
-head, and the heads that mix have no projections of their own.
+Each w is a number that is learned. A dot is 0: no position looks at a later one. Attention computes
+such a matrix anew for each text and head, from queries and keys. Here it is a parameter of the
+layer, the same for all texts and all channels: what is read depends on the positions and never on
+the tokens. Position embeddings are not needed, since each position has its own row and column.
 
-    python mixer.py --preset demo                                     three minutes on a laptop's CPU
-    python mixer.py --device cuda --data data/NAME                    8 layers, width 256, context 512
+    --mixing softmax          a softmax makes each row of W positive with the sum 1, as in attention
+    --mixing expanded         h = gelu(tril(W) @ x + bias), y = tril(W_out) @ h, with two hidden
+                              vectors h for each position
+    --rotary                  pairs of channels of x are rotated by position first
 
-In the diff with gpt2.py: PositionMap and Mix instead of Attention, a cache of one vector per position, and no wpe.
+Source: blbadger, "Smaller, Simpler Language Models" (a draft), and Badger 2024, arXiv 2409.01482,
+section 3. Unlike there, a LayerNorm comes before the head. results/mixer.md tells what went wrong
+in the code of both.
+
+    python mixer.py --preset demo                                 three minutes on a laptop's CPU
+    python mixer.py --device cuda --data data/NAME                8 layers, 512 positions, one GPU
+
+In the diff with gpt2.py: Mix instead of Attention, no wpe, and half a cache.
 """
 
 import argparse
@@ -61,11 +64,9 @@ class Config:
     vocab_size: int = 4096  # vocabulary size; training takes it from the data set
     block_size: int = 512  # longest context, in tokens
     n_layer: int = 8  # blocks
-    n_head: int = 1  # matrices per layer, each for its slice of the channels
     n_embd: int = 256  # width of the residual stream, in channels
-    mixing: str = "flat"  # flat: T -> T positions; expanded: T -> 2 T -> T; softmax: rows that sum to 1
-    kernel: int = 1  # neighbouring channels that an entry of a matrix weighs, with one weight each
-    rotary: bool = False  # rotate channels by position before mixing, as the source's draft does
+    mixing: str = "flat"  # how positions are mixed: flat, softmax or expanded
+    rotary: bool = False  # rotate pairs of channels by position, before they are mixed
     tie_weights: bool = False  # the head shares the weights of the token embedding
     eot: int = -1  # id of the end of text (-1: the last id); training takes it from the data set
     # The run. These fields may change when a run is resumed.
@@ -88,94 +89,65 @@ class Config:
     dropout: float = 0.0  # probability, after the embedding and after each sublayer
 
 
-PRESETS = {
-    "demo": dict(n_layer=4, n_embd=128, batch_size=4, micro_batch=4, max_steps=950, eval_interval=250, log_interval=50,
-                 learning_rate=4e-3, warmup_steps=60),
-}  # fmt: skip
-
-
-class Cache:
-    """Inputs of each PositionMap, (block_size, B, n_in, n_head, head size), `length` positions filled."""
-
-    def __init__(self, model, batch_size):
-        self.x, self.length = {}, 0
-        for module in model.modules():
-            if isinstance(module, PositionMap):
-                n_head, _, block_size, n_in, _, _ = module.weight.shape
-                shape = (block_size, batch_size, n_in, n_head, model.cfg.n_embd // n_head)
-                self.x[module] = module.weight.new_empty(shape)
-
-    def append(self, module, x):
-        """Stores a map's new inputs (T, B, n_in, nh, hs); returns all of them (length + T, B, n_in, nh, hs)."""
-        end = self.length + x.size(0)
-        self.x[module][self.length : end] = x
-        return self.x[module][:end]
-
-    def select(self, rows):
-        """Makes row i of the batch what row rows[i] was: keeps, repeats or reorders them."""
-        for module, old in self.x.items():
-            self.x[module] = old.new_empty(len(old), len(rows), *old.shape[2:])
-            self.x[module][: self.length] = old[: self.length, rows]
-
-
-class PositionMap(nn.Module):
-    """A causal linear map over positions, from n_in channel vectors per position to n_out. The weight of a plain flat
-    mixer is, without the dimensions of size 1, the (T, T) matrix W, and what is computed is torch.tril(W) @ x.
-
-    Where it would be one number per position, there is no bias: the same number in all channels is what every later
-    LayerNorm subtracts. Hidden vectors, which pass a GELU, and several heads have a bias that matters."""
-
-    def __init__(self, cfg, n_in, n_out):
-        super().__init__()
-        self.softmax = cfg.mixing == "softmax"
-        self.weight = nn.Parameter(torch.empty(cfg.n_head, n_out, cfg.block_size, n_in, cfg.block_size, cfg.kernel))
-        self.bias = nn.Parameter(torch.zeros(cfg.block_size * n_out * cfg.n_head)) if n_out * cfg.n_head > 1 else None
-
-    def forward(self, x, cache=None):
-        """x (T, B, n_in, nh, hs), of new positions -> (T, B, n_out, nh, hs)."""
-        T = x.size(0)
-        if cache is not None:
-            x = cache.append(self, x)  # (S, B, n_in, nh, hs), S = positions before + T
-        S = x.size(0)
-        weight = self.weight[:, :, S - T : S, :, :S]  # (nh, n_out, T, n_in, S, k)
-        future = torch.ones(T, S, dtype=torch.bool, device=x.device).triu(S - T + 1)[:, None, :, None]
-        weight = weight.masked_fill(future, -math.inf if self.softmax else 0.0)
-        k = weight.size(-1)
-        if self.softmax:
-            weight = weight.softmax(-2) / k
-        x = F.pad(x, ((k - 1) // 2, k // 2)).unfold(-1, k, 1)  # (S, B, n_in, nh, hs, k): each channel, its neighbours
-        y = torch.einsum("hotisk,sbihck->tbohc", weight, x)
-        if self.bias is not None:
-            y = y + self.bias.view(-1, 1, y.size(2), y.size(3), 1)[S - T : S]
-        return y
-
-
 class Mix(nn.Module):
-    """Each channel gathers over the positions up to its own, by one PositionMap, or two with a GELU between."""
+    """y = tril(W) @ x: position t becomes the sum of W[t, s] x[s] over the positions s up to t."""
 
     def __init__(self, cfg):
         super().__init__()
-        self.n_head, self.rotary = cfg.n_head, cfg.rotary
-        vectors = [1, 2, 1] if cfg.mixing == "expanded" else [1, 1]  # per position, before and after each map
-        self.maps = nn.ModuleList(PositionMap(cfg, n_in, n_out) for n_in, n_out in zip(vectors, vectors[1:]))
+        self.mixing = cfg.mixing
+        self.rotary = cfg.rotary
+        size = cfg.block_size
+        if cfg.mixing == "expanded":
+            # Each position has two hidden units: W leads to them, W_out from them. Their bias has
+            # one dimension, so that weight decay leaves it alone.
+            self.W = nn.Parameter(torch.empty(2, size, size))
+            self.bias = nn.Parameter(torch.empty(2 * size))
+            self.W_out = nn.Parameter(torch.empty(2, size, size))
+        else:
+            # A bias would add one number to all channels of a position: the next LayerNorm would
+            # subtract it again.
+            self.W = nn.Parameter(torch.empty(size, size))
 
-    def forward(self, x, cache=None):
+    def forward(self, x, cache=None, layer=0):
+        B, T, C = x.shape
+        past = 0 if cache is None else cache.length  # tokens before x
+        S = past + T
         if self.rotary:
-            x = rotate(x, cache.length if cache is not None else 0)
-        x = x.transpose(0, 1).unflatten(2, (1, self.n_head, -1))  # (T, B, 1, nh, hs)
-        for i, position_map in enumerate(self.maps):
-            x = position_map(F.gelu(x, approximate="tanh") if i else x, cache)
-        return x.flatten(2).transpose(0, 1)  # (B, T, C)
+            x = rotate(x, past)
+        x = x.transpose(0, 1)  # (T, B, C)
+        if cache is not None:  # in sampling, see Cache below: past positions, then the new T
+            cache.x[layer, 0, past:S] = x
+            x = cache.x[layer, 0, :S]  # (S, B, C)
+        x = x.flatten(1)  # (S, B C): one product serves all texts and channels
+
+        W = self.W[..., past:S, :S]  # the T new positions look at all S
+        if self.mixing == "softmax":  # -inf for a later position, because a 0 becomes exp(0) = 1
+            W = (W + torch.full_like(W, -math.inf).triu(past + 1)).softmax(-1)
+        # Row i of W is position past + i, which may look at columns up to past + i. The rest of W
+        # is masked in the forward pass, at every step, so that it has no gradient.
+        y = torch.tril(W, past) @ x  # (T, S) @ (S, B C) -> (T, B C)
+
+        if self.mixing == "expanded":  # here W is (2, T, S), and y is (2, T, B C)
+            h = F.gelu(y + self.bias.view(2, -1, 1)[:, past:S], approximate="tanh")
+            if cache is not None:
+                cache.x[layer, 1:, past:S] = h.view(2, T, B, C)
+                h = cache.x[layer, 1:, :S].flatten(2)  # (2, S, B C)
+            y = torch.tril(self.W_out[:, past:S, :S], past) @ h  # (2, T, B C)
+            y = y.sum(0)
+        return y.view(T, B, C).transpose(0, 1)  # (T, B C) -> (B, T, C)
 
 
 def rotate(x, past):
-    """Rotates pairs of channels by angles that grow with the position (Su et al. 2021, arXiv 2104.09864, 3.2.2)."""
+    """Rotates pairs of channels of x (B, T, C), which comes after `past` tokens, by angles that
+    grow with the position (Su et al. 2021, arXiv 2104.09864, section 3.2.2)."""
     T, C = x.shape[1:]
-    position = torch.arange(past, past + T, device=x.device, dtype=torch.float32)
-    angle = position[:, None] / 10_000 ** (torch.arange(0, C, 2, device=x.device) / C)  # (T, C / 2)
-    even, odd = x[..., 0::2], x[..., 1::2]
-    rotated = even * angle.cos() - odd * angle.sin(), even * angle.sin() + odd * angle.cos()
-    return torch.stack(rotated, dim=-1).flatten(2).to(x.dtype)
+    positions = torch.arange(past, past + T, device=x.device)
+    slowness = 10_000 ** (torch.arange(0, C, 2, device=x.device) / C)  # (C / 2), from 1 to 10,000
+    angle = positions[:, None] / slowness  # (T, C / 2)
+    even, odd = x[..., 0::2], x[..., 1::2]  # (B, T, C / 2)
+    cos, sin = angle.cos(), angle.sin()
+    pairs = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
+    return pairs.flatten(2).to(x.dtype)  # (B, T, C / 2, 2) -> (B, T, C)
 
 
 class MLP(nn.Module):
@@ -193,12 +165,18 @@ class MLP(nn.Module):
 class Block(nn.Module):
     def __init__(self, cfg):
         super().__init__()
-        self.ln_1, self.mix = nn.LayerNorm(cfg.n_embd), Mix(cfg)
-        self.ln_2, self.mlp = nn.LayerNorm(cfg.n_embd), MLP(cfg)
+        self.ln_1 = nn.LayerNorm(cfg.n_embd)
+        # A row of W adds up as many as block_size vectors that have much in common, and Adam moves
+        # all numbers of a row at once. So these vectors begin small: otherwise what they have in
+        # common drowns the tokens, and only the frequencies of tokens are learned.
+        nn.init.constant_(self.ln_1.weight, cfg.block_size**-0.5)
+        self.mix = Mix(cfg)
+        self.ln_2 = nn.LayerNorm(cfg.n_embd)
+        self.mlp = MLP(cfg)
         self.drop = nn.Dropout(cfg.dropout)
 
-    def forward(self, x, cache=None):
-        x = x + self.drop(self.mix(self.ln_1(x), cache))
+    def forward(self, x, cache=None, layer=0):
+        x = x + self.drop(self.mix(self.ln_1(x), cache, layer))
         return x + self.drop(self.mlp(self.ln_2(x)))
 
 
@@ -217,57 +195,89 @@ class Block(nn.Module):
 
 
 class Model(nn.Module):
-    """The masked mixer. model(idx) -> logits (B, T, V); model(idx, targets) -> mean cross-entropy in nats, a scalar;
-    model(idx, cache=cache) -> logits (B, 1, V) for the token after idx, which continues what the cache has seen.
-    Raises ValueError for invalid values of cfg, and for a text longer than block_size."""
+    """The masked mixer, as in the drawing at the top of this file."""
 
-    ahead = 1  # row i of the logits scores token i + ahead
-    likelihood = True  # of the text: the loss has a meaning in bits per byte
+    ahead = 1
+    likelihood = True
 
     def __init__(self, cfg):
         super().__init__()
-        if cfg.n_embd % cfg.n_head:
-            raise UserError(f"n_embd {cfg.n_embd} is not a multiple of n_head {cfg.n_head}")
-        if cfg.mixing not in ("flat", "expanded", "softmax"):
-            raise UserError(f"mixing {cfg.mixing!r} is invalid: it must be flat, expanded or softmax")
-        if cfg.kernel < 1 or (cfg.rotary and cfg.n_embd % 2):
-            raise UserError(f"kernel {cfg.kernel} must be at least 1, and n_embd {cfg.n_embd} even if rotary")
+        if cfg.mixing not in ("flat", "softmax", "expanded"):
+            raise UserError(f"mixing {cfg.mixing!r} is not flat, softmax or expanded")
+        if cfg.rotary and cfg.n_embd % 2:
+            raise UserError(f"n_embd {cfg.n_embd} is odd: rotary needs pairs of channels")
         self.cfg = cfg
-        padded = math.ceil(cfg.vocab_size / 64) * 64  # for faster matmuls; padded logits are sliced off
+        padded = math.ceil(cfg.vocab_size / 64) * 64  # matrix products of such a size are faster
         self.wte = nn.Embedding(padded, cfg.n_embd)
         self.drop = nn.Dropout(cfg.dropout)
         self.h = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layer))
         self.ln_f = nn.LayerNorm(cfg.n_embd)
         self.lm_head = nn.Linear(cfg.n_embd, padded, bias=False)
         if cfg.tie_weights:
-            self.lm_head.weight = self.wte.weight
+            self.lm_head.weight = self.wte.weight  # one matrix for both
         for name, p in self.named_parameters():
-            if p.dim() >= 2:  # residual projections are scaled by 1 / sqrt(2 n_layer): that many are added up
-                nn.init.normal_(p, std=0.02 / math.sqrt(2 * cfg.n_layer) if "c_proj" in name else 0.02)
-            elif "ln_1.weight" in name:
-                # A row sums up to block_size vectors that have much in common, and Adam moves all its entries at once:
-                # with norms that start at 1, the sum drowns the tokens and the model learns only their frequencies.
-                nn.init.constant_(p, cfg.block_size**-0.5)
+            if p.dim() >= 2:
+                std = 0.02
+                if "c_proj" in name:  # x becomes the sum of 2 n_layer outputs of such layers
+                    std /= math.sqrt(2 * cfg.n_layer)
+                nn.init.normal_(p, std=std)
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
 
     def forward(self, idx, targets=None, cache=None):
-        T, past = idx.size(1), cache.length if cache is not None else 0
+        T = idx.size(1)
+        past = 0 if cache is None else cache.length  # tokens before idx
         if past + T > self.cfg.block_size:
             raise UserError(f"{past + T} tokens do not fit block_size {self.cfg.block_size}")
         x = self.drop(self.wte(idx))  # (B, T, C)
-        for block in self.h:
-            x = block(x, cache)
+        for layer, block in enumerate(self.h):
+            x = block(x, cache, layer)
         if cache is not None:
             cache.length += T
-            x = x[:, -self.ahead :]
+            x = x[:, -1:]  # only the token after idx is asked for
         x = self.ln_f(x)
-        if targets is not None:
+        if targets is not None:  # F.cross_entropy of the logits, in less memory: see below
             return linear_cross_entropy(x, self.lm_head.weight, targets, self.cfg.vocab_size)
-        return self.lm_head(x)[..., : self.cfg.vocab_size]  # (B, T, V)
+        return self.lm_head(x)[..., : self.cfg.vocab_size]  # (B, T, V), without the padding
 
     def new_cache(self, batch_size):
         return Cache(self, batch_size)
+
+
+class Cache:
+    """What Mix multiplies by W, of all tokens read so far, so that one more token costs one row.
+
+    It is half as much as keys and values: one vector for each position and layer. With `expanded`
+    there are three, since the two hidden units are kept, too.
+    """
+
+    def __init__(self, model, batch_size):
+        cfg = model.cfg
+        n = 3 if cfg.mixing == "expanded" else 1  # vectors
+        shape = (cfg.n_layer, n, cfg.block_size, batch_size, cfg.n_embd)
+        self.x = model.wte.weight.new_empty(shape)
+        self.length = 0  # positions that are filled, the same in all layers
+
+    def select(self, rows):
+        """Text i is replaced by text rows[i]. Only the positions that are filled are copied."""
+        old = self.x
+        self.x = old.new_empty(*old.shape[:3], len(rows), old.size(4))
+        self.x[:, :, : self.length] = old[:, :, : self.length, rows]
+
+
+# Named sizes and their training.
+DEMO = dict(
+    n_layer=4,
+    n_embd=128,
+    batch_size=4,
+    micro_batch=4,
+    max_steps=950,
+    eval_interval=250,
+    log_interval=50,
+    learning_rate=4e-3,
+    warmup_steps=60,
+)
+PRESETS = {"demo": DEMO}
 
 
 # The three functions that the training loop calls. Each model file has its own.
@@ -557,7 +567,7 @@ def choose_device(device="auto", dtype="auto"):
     try:
         device = torch.zeros(1, device=device).device
     except (RuntimeError, AssertionError) as e:
-        raise UserError(f"--device {device}: {str(e).splitlines()[0]}. Try --device cpu") from e
+        raise UserError(f"--device {device}: {str(e).split('. ')[0]}. Try --device cpu") from e
     if device.type == "cuda":
         torch.cuda.set_device(device)  # the GPU of this process, from now on
 
@@ -572,16 +582,16 @@ def choose_device(device="auto", dtype="auto"):
     return device, getattr(torch, dtype)
 
 
-def number(kind, least):
+def at_least(least, kind):
     """Returns a function that reads an int or a float from the command line, `least` or more."""
 
-    def read(text):
+    def number(text):
         value = kind(text)
         if not value >= least:  # so that nan is refused, too
             raise argparse.ArgumentTypeError(f"{text}: at least {least} is needed")
         return value
 
-    return read
+    return number
 
 
 def make_parser():
@@ -592,7 +602,7 @@ def make_parser():
     add("--preset", choices=PRESETS, help="a named size with its training")
     add("--eval-only", action="store_true", help="evaluate --init-from, or ckpt.pt in --out")
     add("--split", default="val", help="what is evaluated at the end: train, val or test")
-    add("--stride", type=number(int, 1), help="at the end: each window scores STRIDE targets")
+    add("--stride", type=at_least(1, int), help="at the end: each window scores STRIDE targets")
     start = parser.add_mutually_exclusive_group()
     start.add_argument("--resume", action="store_true", help="continue the run in --out")
     start.add_argument("--init-from", metavar="CKPT", help="start a new run from these weights")
@@ -603,7 +613,7 @@ def make_parser():
         kind = {"type": field.type}
         if field.type in (int, float):
             least = int(field.type is int and field.name not in MAY_BE_ZERO)
-            kind["type"] = number(field.type, min(least, field.default))
+            kind["type"] = at_least(min(least, field.default), field.type)
         if field.type in (bool, bool | None):
             kind = {"action": argparse.BooleanOptionalAction}  # --compile and --no-compile
         if field.name == "dtype":
@@ -807,8 +817,10 @@ def train(cfg, options, ckpt):
             loss, n_signals = add_up([loss, len(signals)], device)
             stopped = n_signals > 0
             if not (math.isfinite(loss) and (math.isfinite(norm) or scaler.is_enabled())):
-                problem = f"loss {loss}, gradient norm {norm}"
-                raise UserError(f"step {step + 1}: {problem}. {out}/ckpt.pt is from before it")
+                raise UserError(
+                    f"step {step + 1}: loss {loss}, gradient norm {norm}. "
+                    f"{out}/ckpt.pt is from before it"
+                )
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad()
@@ -846,12 +858,16 @@ def train(cfg, options, ckpt):
 
     if not options.eval_only:
         grow(model, optimizer, cfg, step)
-        file = out / "ckpt.pt"
-        if best < last_val:
-            file = out / "best.pt"
-            print0(f"best: {best:.4f} at step {read_checkpoint(file)['step']:,}, {file}")
-        text = f"{step:,} steps, {seconds:.0f} s; --resume continues, also to other --max-steps."
-        print0(f"{text} Try python sample.py --ckpt '{file}'")
+        name = "ckpt.pt"
+        if rank == 0 and best < last_val:
+            name = "best.pt"
+            print0(
+                f"best: {best:.4f} at step {read_checkpoint(out / name)['step']:,}, {out / name}"
+            )
+        print0(
+            f"{step:,} steps, {seconds:.0f} s; --resume continues, also to other --max-steps. "
+            f"Try python sample.py --ckpt '{out / name}'"
+        )
 
     # At the end, a whole split is evaluated, not only its first eval_tokens.
     split = options.split
@@ -873,10 +889,13 @@ def main(argv=None):
         sys.exit(130)  # as in a shell
     except (UserError, OSError, MemoryError) as e:
         sys.exit(f"{FILE}: {e}")
-    except RuntimeError as e:  # what torch raises for a CPU out of memory, and for a full disk
-        if not isinstance(e, torch.OutOfMemoryError) and "enforce fail" not in str(e):
+    except RuntimeError as e:  # "enforce fail": no memory on a CPU, or no space on the disk
+        if not re.search(r"enforce fail|out of memory|C(\+\+)? compiler", str(e)):
             raise
-        sys.exit(f"{FILE}: out of memory, or of space on the disk ({str(e).splitlines()[0]})")
+        sys.exit(
+            f"{FILE}: no memory, no space on the disk, or no compiler (--no-compile): "
+            f"{str(e).splitlines()[0]}"
+        )
 
 
 if __name__ == "__main__":

@@ -1,27 +1,31 @@
-"""Progressive diverging: 3 shared blocks become 6, then 12, during training, and no switch changes the function.
+"""Progressive diverging: 3 shared blocks become 6, then 12, while they are trained.
 
-    layer     0  1  2  3  4  5  6  7  8  9 10 11      every stage is a GPT-2 of 12 layers
-    stage 1   A  A  A  A  B  B  B  B  C  C  C  C      3 blocks, each called 4 times in a row
-    stage 2   A  A  A' A' B  B  B' B' C  C  C' C'     6 blocks: each block and a copy of it, called twice
-    stage 3   A  a  A' a' B  b  B' b' C  c  C' c'     12 blocks: copied again, called once
+    layer     0  1  2  3  4  5  6  7  8  9 10 11
+    stage 1   P  P  P  P  Q  Q  Q  Q  R  R  R  R      3 blocks, each used for 4 layers in a row
+    stage 2   P  P  P' P' Q  Q  Q' Q' R  R  R' R'     6 blocks: P' began as a copy of P
+    stage 3   P  p  P' p' Q  q  Q' q' R  r  R' r'     12 blocks: p began as a copy of P, p' of P'
 
-The idea: begin with few parameters, and let the layers become different as training proceeds. From stage 2 on the
-attention matrices are frozen and learn through LoRA (Hu et al. 2021, arXiv 2106.09685, section 4.1): W becomes
-W + alpha / rank B A, where B starts at zero. A copy computes what its original does, and B A is zero, so the loss is
-the same before and after a switch. The next switch adds B A to W. At every stage some plain GPT-2 computes the same:
---export writes it as a checkpoint of gpt2.py, which samples faster, since W + B A is not summed again for each token.
+Every stage is a GPT-2 of 12 layers. Training begins with few parameters, and the layers become
+different as it goes on. From stage 2 on, the matrices of attention learn through LoRA (Hu et al.
+2021, arXiv 2106.09685, section 4.1): W is frozen, and two small matrices A and B are trained.
 
-Source: github.com/swortaljuju/lmsmall, "Progressive Diverging model". Its code does not do what its text says: the
-optimizer is built before stages 2 and 3, so their tensors are never trained; LoRA is a second attention module with
-random weights, so the loss jumps from 1.92 to 3.19 at a switch; and its test loss is that of the stage 1 network.
-Related: Takase and Kiyono 2021 (arXiv 2104.06022) share blocks in this order (they call it SEQUENCE); Bae et al. 2024
-(arXiv 2410.20672, Relaxed Recursive Transformers) add LoRA to each call of a shared block.
+    W + (alpha / rank) B A        W (n_out, n_in), B (n_out, rank), A (rank, n_in)
 
-    python progressive.py --preset demo                               some minutes on a laptop's CPU
-    python progressive.py --device cuda --data data/NAME              the source's size on one GPU
+B begins at zero, and a copy computes what its original does. So the loss is the same before and
+after a switch to the next stage. The next switch adds (alpha / rank) B A to W, and A and B begin
+anew. With --lora-rank 0 nothing is frozen, for comparison. --export writes the finished model as a
+checkpoint of gpt2.py. It computes the same, and samples faster, because the sum is done already.
 
-In the diff with gpt2.py: LoRALinear, the line of Model.forward that picks the block of a layer, and grow with the
-functions that it calls. --lora-rank 0 switches without freezing anything: the control experiment.
+Source: github.com/swortaljuju/lmsmall, "Progressive Diverging model". results/progressive.md says
+what its code does instead. Related: Takase and Kiyono 2021 (arXiv 2104.06022) share blocks in this
+order, which they call SEQUENCE. Bae et al. 2024 (arXiv 2410.20672, Relaxed Recursive Transformers)
+add LoRA to each use of a shared block.
+
+    python progressive.py --preset demo                           some minutes on a laptop's CPU
+    python progressive.py --device cuda --data data/NAME          the source's size on one GPU
+
+In the diff with gpt2.py: LoRALinear, the line of Model.forward that finds the block of a layer, and
+grow with the functions above it.
 """
 
 import argparse
@@ -36,7 +40,7 @@ import sys
 import threading
 import time
 import zipfile
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -56,17 +60,17 @@ class Config:
     # The network: the fields above `data`. A checkpoint fixes them.
     vocab_size: int = 50257  # vocabulary size; training takes it from the data set
     block_size: int = 256  # longest context, in tokens
-    n_layer: int = 12  # layers, a multiple of 4; a block serves several of them
+    n_layer: int = 12  # layers, a multiple of 4; blocks are shared by several of them
+    stage: int = 1  # a block is used by 4 layers in stage 1, 2 in stage 2, 1 in stage 3
+    lora_rank: int = 32  # rank of B A, which attention trains from stage 2 on; 0: it trains W
+    lora_alpha: float = 64.0  # B A is multiplied by lora_alpha / lora_rank
     n_head: int = 6  # attention heads
     n_embd: int = 192  # width of the residual stream, in channels
-    stage: int = 1  # blocks serve 4 layers each in stage 1, 2 in stage 2, 1 in stage 3; training raises it
-    lora_rank: int = 32  # rank of B A, with which attention matrices learn from stage 2 on; 0: W itself is trained
-    lora_alpha: float = 64.0  # B A is scaled by lora_alpha / lora_rank
     eot: int = -1  # id of the end of text (-1: the last id); training takes it from the data set
     # The run. These fields may change when a run is resumed.
     data: str = "data/stdlib"  # folder that prepare_data.py wrote
     out: str = f"out/{Path(__file__).stem}"  # folder for ckpt.pt, best.pt and log.csv
-    stages: str = "0.05,0.15"  # when stages 2 and 3 begin, as fractions of max_steps; never, for 1 and above
+    stages: str = "0.05,0.15"  # when stages 2 and 3 begin, as fractions of max_steps; 1 is never
     export: str = ""  # file to write the finished model to, as a checkpoint of gpt2.py
     device: str = "auto"  # cpu, cuda, cuda:1, mps; auto: a CUDA GPU if there is one
     dtype: str = "auto"  # float32, or bfloat16 or float16 (autocast); auto: a fast one
@@ -85,65 +89,27 @@ class Config:
     dropout: float = 0.0  # probability, after embeddings and sublayers and on attention weights
 
 
-PRESETS = {
-    "demo": dict(n_layer=12, n_head=4, n_embd=64, max_steps=750, eval_interval=250, log_interval=50,
-                 learning_rate=4e-3, warmup_steps=60),
-}  # fmt: skip
-
-
-class Cache:
-    """The keys and values of all tokens read so far, so that one more token costs the work of one.
-
-    They stay valid, because the keys and values of a token do not depend on later tokens: attention
-    looks back only, and everything else in the network treats each position by itself.
-    """
-
-    def __init__(self, model, batch_size):
-        cfg = model.cfg
-        shape = (cfg.n_layer, batch_size, cfg.n_head, cfg.block_size, cfg.n_embd // cfg.n_head)
-        self.k = model.wte.weight.new_empty(shape)
-        self.v = model.wte.weight.new_empty(shape)
-        self.length = 0  # positions that are filled, the same in all layers
-
-    def append(self, layer, k, v):
-        """Stores the new keys and values of a layer, (B, nh, T, hs), and returns those of all
-        tokens, (B, nh, length + T, hs). When all layers have stored theirs, `length` goes up by T.
-        """
-        end = self.length + k.size(2)
-        self.k[layer, :, :, self.length : end] = k
-        self.v[layer, :, :, self.length : end] = v
-        return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
-
-    def select(self, rows):
-        """Text i is replaced by text rows[i]. Beam search does this at every step, but few texts
-        move then. Only these are copied, and only the positions that are filled."""
-        rows = torch.as_tensor(rows).tolist()
-        if len(rows) != self.k.size(1):  # another number of texts
-            self.k = self.k[:, rows]
-            self.v = self.v[:, rows]
-            return
-        moved = [i for i, row in enumerate(rows) if row != i]
-        for x in (self.k, self.v):
-            copies = [x[:, rows[i], :, : self.length].clone() for i in moved]
-            for i, copy in zip(moved, copies):
-                x[:, i, :, : self.length] = copy
-
-
 class LoRALinear(nn.Linear):
-    """A Linear layer. From stage 2 on its W is frozen and B A is trained: y = (W + alpha / rank B A) x + bias."""
+    """A linear layer. From stage 2 on, W is frozen, and A and B are trained:
+
+    y = (W + (alpha / rank) B A) x + bias
+    """
 
     def __init__(self, n_in, n_out, cfg):
         super().__init__(n_in, n_out)
-        self.rank = cfg.lora_rank if cfg.stage > 1 else 0
-        if self.rank:
+        self.has_lora = cfg.stage > 1 and cfg.lora_rank > 0
+        if self.has_lora:
             self.weight.requires_grad = False
             self.scale = cfg.lora_alpha / cfg.lora_rank
-            self.lora_a = nn.Parameter(torch.randn(self.rank, n_in) / math.sqrt(n_in))
-            self.lora_b = nn.Parameter(torch.zeros(n_out, self.rank))
+            self.lora_a = nn.Parameter(torch.randn(cfg.lora_rank, n_in) / math.sqrt(n_in))
+            self.lora_b = nn.Parameter(torch.zeros(n_out, cfg.lora_rank))
 
     def matrix(self):
-        """W + alpha / rank B A (n_out, n_in). In training the sum costs less than two more matmuls for each token."""
-        return self.weight + self.scale * (self.lora_b @ self.lora_a) if self.rank else self.weight
+        """W + (alpha / rank) B A, (n_out, n_in). In training, to add them up costs less than to
+        multiply each token by A, then by B."""
+        if not self.has_lora:
+            return self.weight
+        return self.weight + self.scale * (self.lora_b @ self.lora_a)
 
     def forward(self, x):
         return F.linear(x, self.matrix(), self.bias)
@@ -156,7 +122,7 @@ class Attention(nn.Module):
         super().__init__()
         self.n_head = cfg.n_head
         self.dropout = cfg.dropout
-        self.c_attn = LoRALinear(cfg.n_embd, 3 * cfg.n_embd, cfg)  # queries, keys and values of all heads
+        self.c_attn = LoRALinear(cfg.n_embd, 3 * cfg.n_embd, cfg)  # queries, keys and values
         self.c_proj = LoRALinear(cfg.n_embd, cfg.n_embd, cfg)
 
     def forward(self, x, cache=None, layer=0):
@@ -226,57 +192,109 @@ class Block(nn.Module):
 
 
 class Model(nn.Module):
-    """GPT-2 whose layers share blocks. model(idx) -> logits (B, T, V); model(idx, targets) -> mean cross-entropy in
-    nats, a scalar; model(idx, cache=cache) -> logits (B, 1, V) for the token after idx, which continues what the cache
-    has seen. Raises ValueError for heads that do not divide the width, a number of layers that is not a multiple of 4,
-    stages that are not two numbers, and a text longer than block_size."""
+    """GPT-2 with shared blocks, as in the drawing at the top of this file."""
 
-    ahead = 1  # row i of the logits scores token i + ahead
-    likelihood = True  # of the text: the loss has a meaning in bits per byte
+    ahead = 1
+    likelihood = True
 
     def __init__(self, cfg):
         super().__init__()
         if cfg.n_embd % cfg.n_head:
             raise UserError(f"n_embd {cfg.n_embd} is not a multiple of n_head {cfg.n_head}")
         if cfg.n_layer % 4 or cfg.stage not in (1, 2, 3):
-            raise UserError(f"n_layer {cfg.n_layer} must be a multiple of 4, and stage {cfg.stage} be 1, 2 or 3")
+            raise UserError(f"n_layer {cfg.n_layer} % 4 must be 0, and stage {cfg.stage} 1, 2 or 3")
         if not re.fullmatch(r"[\d.]+,[\d.]+", cfg.stages):
-            raise UserError(f"stages {cfg.stages!r} must be two fractions of the run, like 0.05,0.15")
+            raise UserError(f"stages {cfg.stages!r} must be two fractions, such as 0.05,0.15")
         self.cfg = cfg
-        padded = math.ceil(cfg.vocab_size / 64) * 64  # for faster matmuls; padded logits are sliced off
+        padded = math.ceil(cfg.vocab_size / 64) * 64  # matrix products of such a size are faster
         self.wte = nn.Embedding(padded, cfg.n_embd)
         self.wpe = nn.Embedding(cfg.block_size, cfg.n_embd)
         self.drop = nn.Dropout(cfg.dropout)
-        self.h = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layer // 2 ** (3 - cfg.stage)))
+        n_blocks = cfg.n_layer // 2 ** (3 - cfg.stage)  # 3, 6 or 12 for 12 layers
+        self.h = nn.ModuleList(Block(cfg) for _ in range(n_blocks))
         self.ln_f = nn.LayerNorm(cfg.n_embd)
         self.lm_head = nn.Linear(cfg.n_embd, padded, bias=False)
-        self.lm_head.weight = self.wte.weight
+        self.lm_head.weight = self.wte.weight  # one matrix for both
         for name, p in self.named_parameters():
-            if "lora" in name:  # LoRALinear has set these
-                continue
-            if p.dim() == 2:  # residual projections are scaled by 1 / sqrt(2 n_layer): that many are added up
-                nn.init.normal_(p, std=0.02 / math.sqrt(2 * cfg.n_layer) if "c_proj" in name else 0.02)
+            if p.dim() >= 2 and "lora" not in name:  # LoRALinear has set A and B
+                std = 0.02
+                if "c_proj" in name:  # x becomes the sum of 2 n_layer outputs of such layers
+                    std /= math.sqrt(2 * cfg.n_layer)
+                nn.init.normal_(p, std=std)
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
 
     def forward(self, idx, targets=None, cache=None):
-        T, past = idx.size(1), cache.length if cache is not None else 0
+        T = idx.size(1)
+        past = 0 if cache is None else cache.length  # tokens before idx
         if past + T > self.cfg.block_size:
             raise UserError(f"{past + T} tokens do not fit block_size {self.cfg.block_size}")
-        x = self.drop(self.wte(idx) + self.wpe(torch.arange(past, past + T, device=idx.device)))  # (B, T, C)
+        positions = torch.arange(past, past + T, device=idx.device)
+        x = self.drop(self.wte(idx) + self.wpe(positions))  # (B, T, C)
         for layer in range(self.cfg.n_layer):
             block = self.h[layer * len(self.h) // self.cfg.n_layer]  # consecutive layers share it
             x = block(x, cache, layer)
         if cache is not None:
             cache.length += T
-            x = x[:, -self.ahead :]
+            x = x[:, -1:]  # only the token after idx is asked for
         x = self.ln_f(x)
-        if targets is not None:
+        if targets is not None:  # F.cross_entropy of the logits, in less memory: see below
             return linear_cross_entropy(x, self.lm_head.weight, targets, self.cfg.vocab_size)
-        return self.lm_head(x)[..., : self.cfg.vocab_size]  # (B, T, V)
+        return self.lm_head(x)[..., : self.cfg.vocab_size]  # (B, T, V), without the padding
 
     def new_cache(self, batch_size):
         return Cache(self, batch_size)
+
+
+class Cache:
+    """The keys and values of all tokens read so far, so that one more token costs the work of one.
+
+    They stay valid, because the keys and values of a token do not depend on later tokens: attention
+    looks back only, and everything else in the network treats each position by itself.
+    """
+
+    def __init__(self, model, batch_size):
+        cfg = model.cfg
+        shape = (cfg.n_layer, batch_size, cfg.n_head, cfg.block_size, cfg.n_embd // cfg.n_head)
+        self.k = model.wte.weight.new_empty(shape)
+        self.v = model.wte.weight.new_empty(shape)
+        self.length = 0  # positions that are filled, the same in all layers
+
+    def append(self, layer, k, v):
+        """Stores the new keys and values of a layer, (B, nh, T, hs), and returns those of all
+        tokens, (B, nh, length + T, hs). When all layers have stored theirs, `length` goes up by T.
+        """
+        end = self.length + k.size(2)
+        self.k[layer, :, :, self.length : end] = k
+        self.v[layer, :, :, self.length : end] = v
+        return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
+
+    def select(self, rows):
+        """Text i is replaced by text rows[i]. Beam search does this at every step, but few texts
+        move then. Only these are copied, and only the positions that are filled."""
+        rows = torch.as_tensor(rows).tolist()
+        if len(rows) != self.k.size(1):  # another number of texts
+            self.k = self.k[:, rows]
+            self.v = self.v[:, rows]
+            return
+        moved = [i for i, row in enumerate(rows) if row != i]
+        sources = [rows[i] for i in moved]
+        for x in (self.k, self.v):  # all sources are copied before one of them is overwritten
+            x[:, moved, :, : self.length] = x[:, sources, :, : self.length]
+
+
+# Named sizes and their training.
+DEMO = dict(
+    n_layer=12,
+    n_head=4,
+    n_embd=64,
+    max_steps=750,
+    eval_interval=250,
+    log_interval=50,
+    learning_rate=4e-3,
+    warmup_steps=60,
+)
+PRESETS = {"demo": DEMO}
 
 
 # The three functions that the training loop calls. Each model file has its own.
@@ -304,59 +322,89 @@ def learning_rate(step, cfg):
 
 
 def unrolled(blocks, n):
-    """State dict of n blocks that compute what these compute: each is copied n / len(blocks) times, B A added to W."""
-    state = {}
+    """The weights, as a state dict, of n blocks that compute what `blocks` do: each is copied
+    n / len(blocks) times, and (alpha / rank) B A is added to W."""
+    weights = {}
     for i in range(n):
         block = blocks[i * len(blocks) // n]
-        state |= {f"{i}.{k}": v for k, v in block.state_dict().items() if "lora" not in k}
-        state |= {f"{i}.attn.{k}.weight": getattr(block.attn, k).matrix().detach() for k in ("c_attn", "c_proj")}
-    return state
+        for name, weight in block.state_dict().items():
+            if "lora" not in name:
+                weights[f"{i}.{name}"] = weight
+        weights[f"{i}.attn.c_attn.weight"] = block.attn.c_attn.matrix().detach()
+        weights[f"{i}.attn.c_proj.weight"] = block.attn.c_proj.matrix().detach()
+    return weights
 
 
 def diverge(model, optimizer, cfg):
-    """Moves to the next stage, in place: each block becomes two equal ones, and B A is added to W and starts anew. Adam
-    keeps the moments of the parameters that are still trained, and copies of them for their copies."""
-    old, blocks = {k: p for k, p in model.named_parameters() if "lora" not in k}, model.h
+    """Changes the model to the next stage: of each block there are two then, and A and B begin
+    anew. The optimizer trains what is not frozen, and remembers what it knows of it."""
+    originals = model.h
     cfg.stage += 1
-    torch.manual_seed(cfg.seed + cfg.stage)  # a run that is resumed before this switch draws the same lora_a
-    model.h = nn.ModuleList(Block(cfg) for _ in range(2 * len(blocks))).to(model.wte.weight.device)
-    model.h.load_state_dict(unrolled(blocks, len(model.h)), strict=False)  # all but the new A and B
-    fresh = configure_optimizer(model, cfg)
-    for name, p in model.named_parameters():
-        origin = old.get(re.sub(r"^h\.(\d+)", lambda m: f"h.{int(m[1]) // 2}", name))
-        if p.requires_grad and origin in optimizer.state:
-            fresh.state[p] = {k: v.clone() for k, v in optimizer.state[origin].items()}
-    optimizer.param_groups, optimizer.state = fresh.param_groups, fresh.state
+    torch.manual_seed(cfg.seed + cfg.stage)  # A is the same in a resumed run
+    model.h = nn.ModuleList(Block(cfg) for _ in range(2 * len(originals)))
+    model.h.to(model.wte.weight.device)
+    model.h.load_state_dict(unrolled(originals, len(model.h)), strict=False)  # all but A and B
+
+    # optimizer.state[p] has what Adam knows of a parameter p: its two moments, and a step count.
+    # Block i is a copy of block i // 2, and begins with a copy of its moments. A and B have none.
+    # Outside the blocks, the parameters and their moments stay.
+    new = configure_optimizer(model, cfg)
+    for p in model.parameters():
+        if p in optimizer.state:
+            new.state[p] = optimizer.state[p]
+    for i, block in enumerate(model.h):
+        original = dict(originals[i // 2].named_parameters())
+        for name, p in block.named_parameters():
+            if p.requires_grad and "lora" not in name:
+                state = optimizer.state[original[name]]
+                new.state[p] = {key: value.clone() for key, value in state.items()}
+    optimizer.param_groups = new.param_groups
+    optimizer.state = new.state
 
 
-def export(model, cfg, step):
-    """Writes the model, of whatever stage, as a checkpoint of gpt2.py without optimizer state."""
-    weights = {k: v for k, v in model.state_dict().items() if not k.startswith("h.")}
-    weights |= {f"h.{k}": v for k, v in unrolled(model.h, cfg.n_layer).items()}
-    own = ("stage", "lora_rank", "lora_alpha", "stages", "export")  # the fields that gpt2.py does not have
-    config = {k: v for k, v in asdict(cfg).items() if k not in own}
-    state = dict(model_file="gpt2.py", config=config, tokenizer=open_data(cfg.data)[1], model=weights, step=step)
-    state |= dict(tokens=step * cfg.batch_size * cfg.block_size, best=math.inf, seconds=0.0, optimizer={"state": {}})
-    write_atomically(Path(cfg.export), lambda f: torch.save(state, f))
+def export(model, cfg):
+    """Writes the model, in whatever stage it is, as a checkpoint of gpt2.py."""
+    weights = model.state_dict()
+    weights = {name: weight for name, weight in weights.items() if not name.startswith("h.")}
+    for name, weight in unrolled(model.h, cfg.n_layer).items():
+        weights[f"h.{name}"] = weight
+    config = asdict(cfg)
+    for name in ("stage", "lora_rank", "lora_alpha", "stages", "export"):  # not in gpt2.py
+        del config[name]
+    _, tokenizer, _ = open_data(cfg.data)
+    state = dict(model_file="gpt2.py", config=config, tokenizer=tokenizer, model=weights)
+    write_atomically(Path(cfg.export), lambda file: torch.save(state, file))
+    print0(f"{cfg.export} holds the finished model as a checkpoint of gpt2.py")
+
+
+def loss_of(model, cfg):
+    """The loss on the first 8,192 tokens of val.bin, in nats. Without autocast, which would round
+    it: a switch must not change it at all."""
+    meta, _, splits = open_data(cfg.data)
+    tokens = splits.get("val", splits["train"])[: 2**13]
+    no_autocast = torch.autocast(model.wte.weight.device.type, enabled=False)
+    return evaluate(model, tokens, meta["eot"], no_autocast)
 
 
 def grow(model, optimizer, cfg, step):
-    """Called before each step and after the last, in every process; returns True if it changed the network."""
-    if cfg.export and step >= cfg.max_steps:
-        export(model, cfg, step)
-        print0(f"{cfg.export} holds the finished model as a checkpoint of gpt2.py")
-    due = sum(step >= round(float(part) * cfg.max_steps) for part in cfg.stages.split(","))  # switches up to now
-    if step >= cfg.max_steps or due < cfg.stage:
+    """Called before each step and after the last. Returns True if it changed the network."""
+    if step >= cfg.max_steps:
+        if cfg.export:
+            export(model, cfg)
         return False
-    meta, _, splits = open_data(cfg.data)
-    tokens = splits.get("val", splits["train"])[: 2**13]
-    before = evaluate(model, tokens, meta["eot"], nullcontext())  # without autocast: it must not change at all
+    begin = [round(float(part) * cfg.max_steps) for part in cfg.stages.split(",")]  # stages 2 and 3
+    if cfg.stage == 3 or step < begin[cfg.stage - 1]:
+        return False
+    before = loss_of(model, cfg)
     diverge(model, optimizer, cfg)
-    after, n = evaluate(model, tokens, meta["eot"], nullcontext()), len(model.h)
+    after = loss_of(model, cfg)
+    n = len(model.h)
     total = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    print0(f"step {step:,}: from {n // 2} to {n} blocks, {total:,} parameters, {trained:,} of them trained, "
-           f"evaluation loss {before:.6f} -> {after:.6f}")  # fmt: skip
+    print0(
+        f"step {step:,}: from {n // 2} to {n} blocks, {total:,} parameters, "
+        f"{trained:,} of them trained, evaluation loss {before:.6f} -> {after:.6f}"
+    )
     return True
 
 
@@ -618,7 +666,7 @@ def choose_device(device="auto", dtype="auto"):
     try:
         device = torch.zeros(1, device=device).device
     except (RuntimeError, AssertionError) as e:
-        raise UserError(f"--device {device}: {str(e).splitlines()[0]}. Try --device cpu") from e
+        raise UserError(f"--device {device}: {str(e).split('. ')[0]}. Try --device cpu") from e
     if device.type == "cuda":
         torch.cuda.set_device(device)  # the GPU of this process, from now on
 
@@ -633,16 +681,16 @@ def choose_device(device="auto", dtype="auto"):
     return device, getattr(torch, dtype)
 
 
-def number(kind, least):
+def at_least(least, kind):
     """Returns a function that reads an int or a float from the command line, `least` or more."""
 
-    def read(text):
+    def number(text):
         value = kind(text)
         if not value >= least:  # so that nan is refused, too
             raise argparse.ArgumentTypeError(f"{text}: at least {least} is needed")
         return value
 
-    return read
+    return number
 
 
 def make_parser():
@@ -653,7 +701,7 @@ def make_parser():
     add("--preset", choices=PRESETS, help="a named size with its training")
     add("--eval-only", action="store_true", help="evaluate --init-from, or ckpt.pt in --out")
     add("--split", default="val", help="what is evaluated at the end: train, val or test")
-    add("--stride", type=number(int, 1), help="at the end: each window scores STRIDE targets")
+    add("--stride", type=at_least(1, int), help="at the end: each window scores STRIDE targets")
     start = parser.add_mutually_exclusive_group()
     start.add_argument("--resume", action="store_true", help="continue the run in --out")
     start.add_argument("--init-from", metavar="CKPT", help="start a new run from these weights")
@@ -664,7 +712,7 @@ def make_parser():
         kind = {"type": field.type}
         if field.type in (int, float):
             least = int(field.type is int and field.name not in MAY_BE_ZERO)
-            kind["type"] = number(field.type, min(least, field.default))
+            kind["type"] = at_least(min(least, field.default), field.type)
         if field.type in (bool, bool | None):
             kind = {"action": argparse.BooleanOptionalAction}  # --compile and --no-compile
         if field.name == "dtype":
@@ -868,8 +916,10 @@ def train(cfg, options, ckpt):
             loss, n_signals = add_up([loss, len(signals)], device)
             stopped = n_signals > 0
             if not (math.isfinite(loss) and (math.isfinite(norm) or scaler.is_enabled())):
-                problem = f"loss {loss}, gradient norm {norm}"
-                raise UserError(f"step {step + 1}: {problem}. {out}/ckpt.pt is from before it")
+                raise UserError(
+                    f"step {step + 1}: loss {loss}, gradient norm {norm}. "
+                    f"{out}/ckpt.pt is from before it"
+                )
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad()
@@ -907,12 +957,16 @@ def train(cfg, options, ckpt):
 
     if not options.eval_only:
         grow(model, optimizer, cfg, step)
-        file = out / "ckpt.pt"
-        if best < last_val:
-            file = out / "best.pt"
-            print0(f"best: {best:.4f} at step {read_checkpoint(file)['step']:,}, {file}")
-        text = f"{step:,} steps, {seconds:.0f} s; --resume continues, also to other --max-steps."
-        print0(f"{text} Try python sample.py --ckpt '{file}'")
+        name = "ckpt.pt"
+        if rank == 0 and best < last_val:
+            name = "best.pt"
+            print0(
+                f"best: {best:.4f} at step {read_checkpoint(out / name)['step']:,}, {out / name}"
+            )
+        print0(
+            f"{step:,} steps, {seconds:.0f} s; --resume continues, also to other --max-steps. "
+            f"Try python sample.py --ckpt '{out / name}'"
+        )
 
     # At the end, a whole split is evaluated, not only its first eval_tokens.
     split = options.split
@@ -934,10 +988,13 @@ def main(argv=None):
         sys.exit(130)  # as in a shell
     except (UserError, OSError, MemoryError) as e:
         sys.exit(f"{FILE}: {e}")
-    except RuntimeError as e:  # what torch raises for a CPU out of memory, and for a full disk
-        if not isinstance(e, torch.OutOfMemoryError) and "enforce fail" not in str(e):
+    except RuntimeError as e:  # "enforce fail": no memory on a CPU, or no space on the disk
+        if not re.search(r"enforce fail|out of memory|C(\+\+)? compiler", str(e)):
             raise
-        sys.exit(f"{FILE}: out of memory, or of space on the disk ({str(e).splitlines()[0]})")
+        sys.exit(
+            f"{FILE}: no memory, no space on the disk, or no compiler (--no-compile): "
+            f"{str(e).splitlines()[0]}"
+        )
 
 
 if __name__ == "__main__":
