@@ -1,14 +1,19 @@
-"""Decoding speed: sample.py beside Hugging Face's generate. GPT-2 124M with random weights, the same in both.
+"""Decoding speed: sample.py beside Hugging Face's generate, of GPT-2 124M with the same random
+weights.
 
-Both compute in float32 and in bfloat16; the faster generate is the peer. Nucleus sampling has two settings: "flat",
-random weights, whose next token is anything; "text", the last norm scaled by 6.5, which gives the entropy that a next
-token has in text, 4 to 5 nats. Prints steps/s, and ratios of turns. On a GPU: python bench/decode.py cuda
+Both compute in float32 and in bfloat16; the faster generate is the peer. Nucleus sampling has two
+settings: "flat", random weights, whose next token is anything; "text", the last norm scaled by 6.5,
+which gives the entropy that a next token has in text, 4 to 5 nats. Prints steps/s, and ratios of
+turns. On a GPU: python bench/decode.py cuda
 """
 
+import os
 import statistics
 import sys
 import tempfile
 import time
+
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as in the model files, before torch is imported
 
 import torch
 import transformers
@@ -17,10 +22,12 @@ from train import compare, machine
 import gpt2
 import sample
 
+# name: new tokens, batch, scale of the last norm, generate's options, those of sample.generate
+BEAM = {"num_beams": 4, "early_stopping": "never"}, {"decode": "beam", "beam_width": 4}
 NUCLEUS = {"do_sample": True, "top_p": 0.95, "top_k": 0}, {"decode": "nucleus", "top_p": 0.95}
-SETTINGS = {  # name: (new tokens, batch, scale of the last norm, generate's options, sample.generate's)
+SETTINGS = {
     "greedy, batch 1": (128, 1, 1.0, {}, {"decode": "greedy"}),
-    "beam 4, batch 1": (32, 1, 1.0, {"num_beams": 4, "early_stopping": "never"}, {"decode": "beam", "beam_width": 4}),
+    "beam 4, batch 1": (32, 1, 1.0, *BEAM),
     "nucleus, batch 8, flat": (32, 8, 1.0, *NUCLEUS),
     "nucleus, batch 8, text": (32, 8, 6.5, *NUCLEUS),
 }
@@ -30,24 +37,31 @@ def build(device):
     """{name: model}, all with the same weights."""
     torch.manual_seed(0)
     config = {"vocab_size": 50257, "block_size": 1024, "n_layer": 12, "n_head": 12, "n_embd": 768}
-    ours, models = gpt2.Model(gpt2.Config(**config)), {}
-    weights = {name: p.T if name.endswith(("attn.weight", "c_fc.weight", "c_proj.weight")) else p[:50257]
-               for name, p in ours.named_parameters()}  # fmt: skip
+    ours = gpt2.Model(gpt2.Config(**config))
+    weights = {}
+    for name, p in ours.named_parameters():
+        if name.endswith(("attn.weight", "c_fc.weight", "c_proj.weight")):
+            weights[name] = p.T  # OpenAI's matrices are transposed
+        else:
+            weights[name] = p[:50257]
     state = {"model_file": "gpt2.py", "config": config, "model": ours.state_dict(), "step": 0}
+    state["tokenizer"] = {"name": "bytes", "ranks": ""}
+    models = {}
     with tempfile.NamedTemporaryFile(suffix=".pt") as file:
-        torch.save(state | {"tokenizer": {"name": "bytes", "ranks": ""}}, file.name)
+        torch.save(state, file.name)
         for dtype in (torch.float32, torch.bfloat16):
             theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config())
             theirs.transformer.load_state_dict(weights)
-            theirs.generation_config.eos_token_id, theirs.generation_config.pad_token_id = None, 0
+            theirs.generation_config.eos_token_id = None
+            theirs.generation_config.pad_token_id = 0
             models[f"generate, {dtype}"] = theirs.eval().to(device, dtype)
             models[f"sample.py, {dtype}"] = sample.load(file.name, device)[0].to(dtype)
     return models
 
 
-if __name__ == "__main__":
-    device = sys.argv[1] if len(sys.argv) > 1 else "cpu"
-    print(f"{machine(device)}, transformers {transformers.__version__}", gpt2.choose_device(device, "auto"))
+def main(device="cpu"):
+    versions = f"{machine(device)}, transformers {transformers.__version__}"
+    print(versions, gpt2.choose_device(device, "auto"))
     models = build(device)
     for name, (n_new, batch, scale, for_them, for_us) in SETTINGS.items():
         idx = torch.randint(50257, (1, 16), device=device).repeat(batch, 1)
@@ -60,11 +74,18 @@ if __name__ == "__main__":
                 if isinstance(model, gpt2.Model):
                     new = sample.generate(model, idx, n_new, **for_us)
                 else:
-                    new = model.generate(idx, max_new_tokens=n_new, min_new_tokens=n_new, **for_them)
+                    length = dict(max_new_tokens=n_new, min_new_tokens=n_new)
+                    new = model.generate(idx, **length, **for_them)
                 new.cpu()  # waits for a GPU
                 speeds[who].append(n_new / (time.perf_counter() - start))
         speeds = {who: found[1:] for who, found in speeds.items()}
-        best = max((who for who in models if "generate" in who), key=lambda who: statistics.median(speeds[who]))
+        medians = {who: statistics.median(found) for who, found in speeds.items()}
+        best = max((who for who in models if "generate" in who), key=medians.get)
         print(f"{name}, {n_new} tokens, steps/s; ratios to {best}")
         for who, found in speeds.items():
-            print(f"  {who}: {statistics.median(found):.1f}, ratio {compare(found, speeds[best])}", flush=True)
+            ratio = compare(found, speeds[best])
+            print(f"  {who}: {medians[who]:.1f}, ratio {ratio}", flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

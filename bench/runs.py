@@ -1,99 +1,238 @@
 """What the comparisons share: trainings side by side, the mean of seeds, pictures.
 
-python bench/runs.py out/gpt2 out/mixer      (make plot RUNS="out/gpt2 out/mixer") draws your own runs: out/plot.svg
+    python bench/runs.py out/gpt2 out/mixer      (make plot RUNS="out/gpt2 out/mixer")
+
+draws the validation loss of your own runs: out/plot.svg
 """
 
 import csv
 import math
 import os
+import re
 import shlex
+import shutil
+import signal
 import statistics
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 
 import matplotlib
 from matplotlib.figure import Figure
-from train import ROOT
+from train import ROOT, shell
 
-GREY = "#808080"  # legible on white and on black
+# Colours that are legible on white and on black. A model has the same one in every picture.
+GREY = "#808080"
+COLORS = {
+    "gpt2": "#3a86d6",
+    "mixer": "#d2691e",
+    "progressive": "#a960c4",
+    "conv_attention": "#2e9e5b",
+    "scratch_former": "#dd4477",
+}
+RUNNING = set()  # processes that train
+
+# --- trainings
 
 
 def log(out):
     """The rows of a run's log.csv, as dicts."""
     with open(ROOT / out / "log.csv", newline="", encoding="utf-8") as file:
-        return [{k: float(v) if v else None for k, v in row.items()} for row in csv.DictReader(file)]
+        rows = [*csv.DictReader(file)]
+    return [{key: float(text) if text else None for key, text in row.items()} for row in rows]
 
 
-def train(command, out):
-    """Runs a training on one thread, or resumes it, unless it is complete: (what it printed, the rows of its log)."""
-    printed = ROOT / out / "printed.txt"
+@cache
+def copy_code(folder):
+    """Copies the code to FOLDER/code, unless it is there: runs from the copy do not change when a
+    file is edited. Says which model files have changed since."""
+    code = ROOT / folder / "code"
+    files = [*ROOT.glob("*.py"), *ROOT.glob("bench/*.py")]
+    if not code.exists():
+        temporary = ROOT / folder / "copying"
+        for file in files:
+            copy = temporary / file.relative_to(ROOT)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(file, copy)
+        temporary.rename(code)
+    for file in ROOT.glob("*.py"):
+        if (code / file.name).read_bytes() != file.read_bytes():
+            print(
+                f"{file.name} has changed. Runs go on with {folder}/code, as they began", flush=True
+            )
+
+
+def train(folder, name, command, begin=None):
+    """Trains on one thread in FOLDER/NAME, with FOLDER/code. It resumes what was interrupted, does
+    nothing if it is complete, and goes on from the run `begin` of the same folder, if there is one.
+    Returns what the training printed, and the rows of its log. If the loss became infinite, the
+    last line says that it is."""
+    out = ROOT / folder / name
+    printed = out / "printed.txt"
     if not printed.exists():
-        resume = ["--resume"] if (ROOT / out / "ckpt.pt").exists() else []
-        done = subprocess.run([sys.executable, *shlex.split(command), "--out", out, *resume], cwd=ROOT, text=True,
-                              env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE)  # fmt: skip
-        if done.returncode:
-            raise ChildProcessError(f"python {command} --out {out}: stopped")
-        printed.write_text(done.stdout, encoding="utf-8")
-        print(f"{out}: {done.stdout.splitlines()[-1]}", flush=True)
+        if begin and not (out / "ckpt.pt").exists():
+            out.mkdir(parents=True, exist_ok=True)
+            for file in ("log.csv", "ckpt.pt"):
+                shutil.copy(ROOT / folder / begin / file, out / f"{file}.tmp")
+                (out / f"{file}.tmp").rename(out / file)
+        file, *options = shlex.split(command)
+        words = [sys.executable, f"{folder}/code/{file}", *options, "--out", f"{folder}/{name}"]
+        if (out / "ckpt.pt").exists():
+            words.append("--resume")
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        child = subprocess.Popen(words, cwd=ROOT, env=environment, **pipes)
+        RUNNING.add(child)
+        said, error = child.communicate()
+        RUNNING.remove(child)
+        if child.returncode == 1 and ": loss " in error:  # it is not finite
+            said += f"{error.strip()}: inf nats per token, inf bits per byte\n"
+        elif child.returncode:
+            raise ChildProcessError(f"{' '.join(words)}: stopped. {error[-2000:].strip()}")
+        printed.write_text(said, encoding="utf-8")
+        print(f"{folder}/{name}: {said.splitlines()[-1]}", flush=True)
     return printed.read_text(encoding="utf-8"), log(out)
 
 
 def final(run, unit):
-    """The number before `unit` in the last line that a training printed, which is of all of val."""
-    return float(run[0].splitlines()[-1].split(f" {unit}")[0].split()[-1])
+    """The number before `unit` in the line that is of all of val, the last that has it."""
+    lines = [line for line in run[0].splitlines() if f" {unit}" in line]
+    return float(lines[-1].split(f" {unit}")[0].split()[-1])
 
 
-def side_by_side(work):
-    """work(submit), where submit(command, out) gives a future of train's result, on as many threads as cores."""
+def side_by_side(function, items):
+    """[function(item) for each item], as many at a time as there are cores."""
     pool = ThreadPoolExecutor(os.cpu_count())
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     try:
-        return work(lambda command, out: pool.submit(train, command, out))
-    except (KeyboardInterrupt, ChildProcessError) as e:  # the trainings that were running save their checkpoints
-        sys.exit(f"{e or 'interrupted'}. Run again to resume")
-    finally:
-        pool.shutdown(cancel_futures=True)
+        return [*pool.map(function, items)]
+    except (KeyboardInterrupt, ChildProcessError) as e:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for child in RUNNING.copy():
+            child.terminate()  # it saves its checkpoint
+        pool.shutdown()
+        sys.exit(f"{e or 'interrupted'}\nThe same command goes on where this one stopped")
+
+
+def train_all(folder, settings, command):
+    """{setting: what train returns} of the trainings command(*setting), side by side. A setting is
+    a tuple, and gives the training its folder: ("gpt2", 0.002) trains in FOLDER/gpt2-0.002."""
+    copy_code(folder)
+
+    def run(setting):
+        name = "-".join(f"{part:g}" if isinstance(part, float) else str(part) for part in setting)
+        return train(folder, re.sub(r"[^\w.-]+", "-", name), command(*setting))
+
+    settings = [*settings]
+    return dict(zip(settings, side_by_side(run, settings)))
+
+
+def best_rates(rates, measure, widen=True):
+    """{name: the best of its learning rates}. measure(rates) gives {name: {rate: loss}}. Where the
+    best one is the lowest or the highest, one beyond is added to `rates`, {name: [rate, ...]}."""
+    while True:
+        losses = measure(rates)
+        best = {name: min(found, key=found.get) for name, found in losses.items()}
+        beyond = {}
+        for name, tried in rates.items():
+            if best[name] == min(tried):
+                beyond[name] = best[name] / 2
+            elif best[name] == max(tried):
+                beyond[name] = best[name] * 2
+        if not beyond or not widen:
+            return best
+        for name, rate in beyond.items():
+            rates[name].append(rate)
 
 
 def mean_and_error(values):
-    """Mean of a few seeds, and its standard error."""
+    """The mean of a few seeds, and its standard error."""
     return statistics.mean(values), statistics.stdev(values) / len(values) ** 0.5
 
 
+# --- pages and pictures
+
+
+def prepare(command):
+    """Runs `prepare_data.py ... --out FOLDER`, unless the folder has a data set."""
+    if not (ROOT / command.split()[-1] / "meta.json").exists():
+        shell(command)
+
+
+def table(titles, rows):
+    """The lines of a Markdown table."""
+    rows = [titles, ["---"] * len(titles), *rows]
+    return ["| " + " | ".join(map(str, row)) + " |" for row in rows]
+
+
+def write_page(path, lines):
+    text = "\n".join(lines) + "\n"
+    (ROOT / path).write_text(text, encoding="utf-8")
+    print(text)
+
+
 def picture(path, size, draw):
-    """Has draw(figure) draw, without a background and in colours that are legible on white and on black."""
-    matplotlib.rcParams.update({k: GREY for k in ("text.color", "axes.labelcolor", "axes.edgecolor")})
-    matplotlib.rcParams.update({"xtick.color": GREY, "ytick.color": GREY, "svg.hashsalt": path, "font.size": 11})
+    """Has draw(figure) draw, without a background and in colours that are legible on white and on
+    black."""
+    grey = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
+    matplotlib.rcParams.update(dict.fromkeys(grey, GREY))
+    matplotlib.rcParams.update({"svg.hashsalt": str(path), "font.size": 11})
     figure = Figure(figsize=size, layout="constrained")
     draw(figure)
     figure.draw_without_rendering()  # lays it out
     for axis in figure.axes:
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(color=GREY, alpha=0.25)
-        names, free = [text for text in axis.texts if text.get_gid() == "name"], -math.inf
-        for text in sorted(names, key=lambda text: text.xy[1]):  # names of lines that end together move up
-            y = axis.transData.transform(text.xy)[1] * 72 / figure.dpi  # in points
-            text.xyann, free = (4, max(0, free - y)), max(y, free) + 13
+        # Names of lines that end together move up.
+        names = [text for text in axis.texts if text.get_gid() == "name"]
+        free = -math.inf  # in points, as y
+        for text in sorted(names, key=lambda text: text.xy[1]):
+            y = axis.transData.transform(text.xy)[1] * 72 / figure.dpi
+            text.xyann = (4, max(0, free - y))
+            free = max(y, free) + 13
     figure.savefig(ROOT / path, transparent=True, bbox_inches="tight", metadata={"Date": None})
 
 
-def curve(axis, points, name):
-    """Draws a line through points (x, y) with its name at its end; returns its colour."""
-    (line,) = axis.plot(*zip(*points))
-    axis.annotate(name, points[-1], (4, 0), "data", "offset points", color=line.get_color(), va="center", gid="name")
-    return line.get_color()
+def curve(axis, points, name, **style):
+    """Draws a line through points (x, y), its name at its end. `name` begins with that of a model,
+    whose colour it has, or has a colour in `style`. Returns the colour."""
+    style = {"color": COLORS.get(name.split(",")[0])} | style
+    marker = "." if len(points) == 1 else ""
+    (line,) = axis.plot(*zip(*points), marker=marker, **style)
+    color = line.get_color()
+    place = dict(xytext=(4, 0), textcoords="offset points", va="center", gid="name")
+    axis.annotate(name, points[-1], color=color, **place)
+    return color
+
+
+def level(axis, y, name, x=0.0):
+    """A dashed horizontal line with its name above it; x: where the name begins, from 0 to 1."""
+    axis.axhline(y, color=GREY, ls="--")
+    place = dict(xycoords=("axes fraction", "data"), xytext=(2, 3), textcoords="offset points")
+    axis.annotate(name, (x, y), color=GREY, **place)
 
 
 def plot(folders):
     """Validation loss over tokens and over time, from the log.csv of each folder."""
+    evaluations = {}
+    for folder in folders:
+        rows = [row for row in log(folder) if row["val_loss"] is not None]
+        if rows:
+            evaluations[folder.removeprefix("out/")] = rows
+        else:
+            print(f"{folder}: no evaluation yet, not drawn")
+    if not evaluations:
+        sys.exit("No run has an evaluation yet")
 
     def draw(figure):
-        units = ("tokens", 1e6, "tokens, millions"), ("seconds", 60, "minutes of training")
+        units = [("tokens", 1e6, "tokens, millions"), ("seconds", 60, "minutes of training")]
         for axis, (column, unit, label) in zip(figure.subplots(1, 2, sharey=True), units):
-            for folder in folders:
-                points = [(row[column] / unit, row["val_loss"]) for row in log(folder) if row["val_loss"]]
-                curve(axis, points, folder.removeprefix("out/"))
-            axis.set(xlabel=label, ylabel="validation loss, nats per token")
+            for i, (name, rows) in enumerate(evaluations.items()):
+                points = [(row[column] / unit, row["val_loss"]) for row in rows]
+                curve(axis, points, name, color=f"C{i}")
+            axis.set_xlabel(label)
+            axis.set_ylabel("validation loss, nats per token (lower is better)")
 
     picture("out/plot.svg", (13, 4), draw)
 
