@@ -232,8 +232,8 @@ class Level(nn.Module):
         ungrouped = torch.cat([newest, x], dim=1)
         n = ungrouped.size(1) // 4  # groups that are complete now
         if n > 0:
-            groups = ungrouped[:, : 4 * n]  # (B, 4 n, C)
-            groups = self.ln_c(groups).reshape(B, n, 4 * C)  # four neighbours end to end
+            # Four neighbours are laid end to end: (B, 4 n, C) -> (B, n, 4 C).
+            groups = self.ln_c(ungrouped[:, : 4 * n]).reshape(B, n, 4 * C)
             y = self.inner(self.compress(groups), caches)  # (B, n, C')
             y = self.expand(self.ln_e(y)).view(B, 4 * n, C)  # (B, n, 4 C) -> (B, 4 n, C)
             expanded = torch.cat([expanded, y], dim=1)
@@ -245,7 +245,7 @@ class Level(nn.Module):
     def whole_blocks(self, x, caches):
         """64 ahead. x is whole blocks of 64 tokens, so the groups are complete at every level."""
         B, T, C = x.shape
-        groups = self.ln_c(x).reshape(B, T // 4, 4 * C)  # four neighbours end to end
+        groups = self.ln_c(x).reshape(B, T // 4, 4 * C)  # four neighbours are laid end to end
         y = self.inner(self.compress(groups), caches)  # (B, T/4, C')
         return self.expand(self.ln_e(y)).view(B, T, C)  # (B, T/4, 4 C) -> (B, T, C)
 
@@ -412,7 +412,7 @@ HOURGLASS = dict(ahead=1, n_layer="1,1,1,1,1,1,1", n_embd=128, widths="1.25,1.5,
 DEMO = dict(max_steps=950, eval_interval=250, log_interval=50, learning_rate=4e-3, warmup_steps=60)
 PRESETS = {
     "hourglass": dict(max_steps=1638, eval_interval=200, learning_rate=3e-3, **HOURGLASS),
-    "demo": dict(n_embd=64, **SMALL, **DEMO),
+    "demo": dict(n_embd=64, **SMALL, **DEMO),  # for both objectives
 }
 
 

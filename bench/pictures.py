@@ -72,8 +72,8 @@ def lines(figure, names, rows=None):
 def draw_leak(figure):
     """Draws the training losses of bench/leak.py, each the mean of the last 20 steps."""
     axis = figure.subplots()
-    for name, (ahead, leak) in NETWORKS.items():
-        losses = train_on_random_tokens(ahead, leak)[0]
+    for name, (ahead, source) in NETWORKS.items():
+        losses = train_on_random_tokens(ahead, source)[0]
         means = np.convolve(losses, np.full(20, 1 / 20), "valid")
         curve(axis, [*enumerate(means, 20)], name)
     axis.axhline(math.log(4), color=GREY, ls="--")
