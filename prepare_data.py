@@ -15,9 +15,17 @@
                       tokenizer.tiktoken, if the tokenizer was trained here
 
     python prepare_data.py                              the sources of Python's standard library
-    python prepare_data.py notes.txt --tokenizer gpt2   your own .txt, .jsonl or .parquet
+    python prepare_data.py notes.txt --tokenizer gpt2   your own text, or a folder of texts
     python prepare_data.py tinystories                  one of the data sets below
     python prepare_data.py --check tinystories          compares the files with their meta.json
+
+Your own text is a .txt file, of one document or of several with `<|endoftext|>` between them, or a
+.jsonl or .parquet file, where each row is a document (--field names the text). Each of them may be
+compressed, as in notes.txt.gz. To go on from a model that was trained on another text, use the
+tokenizer of that text again:
+
+    python prepare_data.py notes.txt --tokenizer data/stdlib
+    python gpt2.py --init-from out/demo/best.pt --data data/notes --out out/notes
 
 Source: Sennrich et al. 2016, "Neural Machine Translation of Rare Words with Subword Units", section
 3.2, on bytes, with GPT-2's split pattern (Radford et al. 2019, section 2.2). But the trainer does
@@ -29,33 +37,39 @@ not count all pairs again after each merge: it updates the counts that the merge
     wikitext2      WikiText-2 (Merity et al. 2016), with a test split: 13 MB
     tinystories    TinyStories (Eldan and Li 2023), written by GPT-4: 2.25 GB
     maths-college  Maths-College (ajibawa-2023), exercises and answers: 6 files of 830 MB
-    openwebmath    OpenWebMath (Paster et al. 2023): 114 files of 240 MB; needs pyarrow
+    openwebmath    OpenWebMath (Paster et al. 2023): 114 files of 240 MB
+    openwebtext    OpenWebText (Gokaslan and Cohen 2019), as for nanoGPT: 80 files of 300 MB
+    fineweb-edu    FineWeb-Edu's sample of 10B tokens (Penedo et al. 2024): 14 files of 2.15 GB
     weights:gpt2   OpenAI's GPT-2 as a checkpoint of gpt2.py: 0.55 GB; also gpt2-medium (1.5 GB),
                    gpt2-large (3.2 GB) and gpt2-xl (6.4 GB)
 
-The first two need no network.
+The first two need no network; openwebmath, openwebtext, fineweb-edu and other Parquet files need
+pyarrow. A tenth of a text is for validation; of the last four data sets it is less, so that it has
+some ten million tokens: 0.007 of maths-college, 0.0007 of openwebmath, 0.001 of the other two.
 """
 
 import argparse
 import base64
 import codecs
+import gzip
 import hashlib
 import heapq
-import importlib.metadata
+import io
 import json
 import math
 import os
 import re
-import shlex
 import shutil
 import sys
 import sysconfig
 import time
 import zipfile
+import zlib
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from importlib import metadata
 from itertools import islice
 from pathlib import Path
 
@@ -69,7 +83,7 @@ EOT = "<|endoftext|>"
 # space.
 SPLIT_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 MAX_IDS = 2**16  # what uint16 holds
-BLOCK = 2**16  # bytes or characters of text that are read at once
+BLOCK = 2**16  # characters of text that are read at once
 LONG_WORD = 2**13  # characters of a word that the BPE trainer looks at: a line of DNA is slow
 BPE_BYTES = 2**26  # 64 MB of training text are enough for the BPE trainer
 
@@ -181,16 +195,27 @@ def load_tokenizer(name, ranks=""):
     if name.startswith("bpe:"):
         tokens = [base64.b64decode(line.split()[0]) for line in ranks.splitlines()]
     elif name != "bytes":
-        names = "bpe:N, bytes, gpt2, r50k_base, p50k_base or p50k_edit"
+        names = "bpe:N, bytes, gpt2, r50k_base, p50k_base, p50k_edit or a folder in data"
         why = f"other tokenizers of tiktoken have more than {MAX_IDS:,} ids: too many for 16 bits"
         raise UserError(f"tokenizer {name}: use {names}; {why}")
     ids = {token: i for i, token in enumerate(tokens)}
-    if len(tokens) < 256 or len(ids) < len(tokens):
+    if len(ids) < 256:
         raise UserError(f"tokenizer {name}: tokenizer.tiktoken is damaged")
-    special = {EOT: len(tokens)}
     return tiktoken.Encoding(
-        name, pat_str=SPLIT_PATTERN, mergeable_ranks=ids, special_tokens=special
+        name, pat_str=SPLIT_PATTERN, mergeable_ranks=ids, special_tokens={EOT: len(tokens)}
     )
+
+
+def find_tokenizer(name):
+    """Returns the name and the ranks of a tokenizer for load_tokenizer. `name` may be a folder of
+    token files, whose tokenizer is used again. The ranks are "" if there are none, or none yet."""
+    folder = Path(name)
+    ranks = ""
+    if (folder / "meta.json").exists():
+        name = read_meta(folder)["tokenizer"]
+        if name.startswith("bpe:"):
+            ranks = (folder / "tokenizer.tiktoken").read_text(encoding="utf-8")
+    return name, ranks
 
 
 # --- downloads
@@ -209,41 +234,37 @@ def sha256_of(path):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def show_progress(what, done, total):
-    """Writes one line on the terminal, again and again: bytes so far, of how many."""
+def show_progress(what, size):
+    """Writes one line on the terminal, again and again. size: in bytes, so far."""
     if sys.stderr.isatty():
-        end = "\r" if done < total else "\n"
-        print(f"{what} {done / 1e6:,.1f} of {total / 1e6:,.1f} MB", end=end, file=sys.stderr)
+        print(f"{what}: {size / 1e6:,.1f} MB", end="\r", file=sys.stderr)
 
 
 def fetch(url, part):
     """One try of a download: appends to the file `part` the bytes that it lacks. Raises
     requests.RequestException if the connection fails, or if the file is not the published one."""
-    part.parent.mkdir(parents=True, exist_ok=True)
     done = part.stat().st_size if part.exists() else 0
-    # identity: not compressed. Range: from byte `done` on; a server may ignore it.
+    # identity: not compressed. Range: from byte `done` on.
     headers = {"Accept-Encoding": "identity", "Range": f"bytes={done}-"}
     with requests.get(url, headers=headers, stream=True, timeout=20) as response:
-        # The size of the whole file follows a slash: "bytes 9-299/300". Status 416 means that there
-        # is no byte after `done`: then the header is "bytes */300".
-        size = response.headers.get("Content-Range", "").rpartition("/")[2]
-        size = int(size or response.headers.get("Content-Length", 0))  # 0: it is not told
-        if response.status_code != 416:
-            response.raise_for_status()
-            if response.status_code != 206:  # 206: the range. Otherwise, it is the whole file.
-                done = 0
-            with open(part, "ab" if done else "wb") as file:
-                for chunk in response.iter_content(2**16):
-                    file.write(chunk)
-                    done += len(chunk)
-                    show_progress(f"downloading {url.rpartition('/')[2]}", done, size)
-                sync(file)
+        if response.status_code == 416:  # there is no such byte: `part` is of another file
+            part.unlink()
+        response.raise_for_status()
+        if response.status_code != 206:  # the server sends the whole file, and not the range
+            done = 0
+        size = done + int(response.headers.get("Content-Length", 0))
+        with open(part, "ab" if done else "wb") as file:
+            for chunk in response.iter_content(2**16):
+                file.write(chunk)
+                done += len(chunk)
+                show_progress(f"{part.stem} of {size / 1e6:,.1f} MB", done)
+            sync(file)
 
         # The hub tells the SHA-256 of a large file, in the answer that points to its address.
         answers = [*response.history, response]
         tags = [answer.headers.get("X-Linked-Etag", "").strip('"') for answer in answers]
         wrong = [tag for tag in tags if len(tag) == 64 and tag != sha256_of(part)]
-        if wrong or size not in (0, done):
+        if wrong or done < size:
             part.unlink()
             raise requests.RequestException("its length or SHA-256 is not the published one")
 
@@ -255,6 +276,7 @@ def download(url, path):
     part = path.with_name(f"{path.name}.part")
     if path.exists():
         return path
+    path.parent.mkdir(parents=True, exist_ok=True)
     for seconds in (0, 5, 10):
         time.sleep(seconds)
         try:
@@ -263,8 +285,6 @@ def download(url, path):
             return path
         except requests.RequestException as e:
             problem = e
-            if e.response is not None and e.response.status_code in (401, 403, 404):
-                break  # another try would not help
     hint = f"Run the same command again to resume, or save the file as {path} yourself"
     raise UserError(f"{url}: {problem}. {hint}")
 
@@ -283,6 +303,7 @@ class DataSet:
     address: str
     names: list
     field: str = "text"  # of the rows of .json and .parquet files: where the text is
+    val_fraction: float = 0.1  # of a large data set less, so that val has some 10M tokens
 
 
 DATASETS = {
@@ -296,12 +317,25 @@ DATASETS = {
         f"{HF}/ajibawa-2023/Maths-College/resolve/main/Maths-College-",
         [f"{i}-Final.json" for i in range(6)],
         field="instruction,output",
+        val_fraction=0.007,  # of 1.4B tokens
     ),
     "openwebmath": DataSet(
         f"{HF}/open-web-math/open-web-math/resolve/main/",
         [],  # the hub has a list of them
+        val_fraction=0.0007,  # of 14.7B tokens
+    ),
+    "openwebtext": DataSet(
+        f"{HF}/Skylion007/openwebtext/resolve/main/plain_text/",
+        [f"train-{i:05}-of-00080.parquet" for i in range(80)],
+        val_fraction=0.001,  # of 9B tokens
+    ),
+    "fineweb-edu": DataSet(
+        f"{HF}/HuggingFaceFW/fineweb-edu/resolve/main/sample/10BT/",
+        [f"{i:03}_00000.parquet" for i in range(14)],
+        val_fraction=0.001,  # of 10B tokens
     ),
 }
+NAMES = ("stdlib", "python", *DATASETS)
 
 # Left out of Python's sources: tests, generated files, and tables, which would drown the code.
 SKIP = r"(^|/)(site-packages|tests?|idle_test|encodings|pydoc_data|lib2to3|turtledemo)/"
@@ -318,8 +352,8 @@ def find_package_files(requirements):
         if name in seen:
             continue
         seen.add(name)
-        with suppress(importlib.metadata.PackageNotFoundError):  # required on other systems only
-            package = importlib.metadata.distribution(name)
+        with suppress(metadata.PackageNotFoundError):  # required on other systems only
+            package = metadata.distribution(name)
             todo += [line for line in package.requires or [] if "extra ==" not in line]
             for file in sorted(package.files or []):
                 yield Path(package.locate_file(file)), file
@@ -329,42 +363,81 @@ def python_files(packages):
     """The Python sources of the standard library and, if `packages`, of what requirements.txt
     names and requires."""
     root = Path(sysconfig.get_path("stdlib"))
-    files = {path: path.relative_to(root) for path in sorted(root.rglob("*.py"))}
+    files = [(path, path.relative_to(root)) for path in sorted(root.rglob("*.py"))]
     if packages:
         requirements = Path(__file__).with_name("requirements.txt").read_text(encoding="utf-8")
-        files |= find_package_files(requirements.splitlines())
+        files += find_package_files(requirements.splitlines())
     return [
         path
-        for path, name in files.items()
+        for path, name in files
         if path.suffix == ".py" and not re.search(SKIP, name.as_posix())
     ]
 
 
-def import_parquet():
-    try:
-        from pyarrow import parquet
-    except ImportError as e:
-        raise UserError(f"{e}. Parquet files need it: pip install pyarrow") from e
-    return parquet
+# Kinds of files that are read of a folder.
+TEXTS = (".txt", ".jsonl", ".parquet")
+# Kinds of files that are not read as they are, and what unpacks them.
+UNPACK = {".zst": "unzstd", ".bz2": "bunzip2", ".xz": "unxz", ".zip": "unzip"}
+
+
+def without_gz(path):
+    return path.with_suffix("") if path.suffix.lower() == ".gz" else path
+
+
+def kind(path):
+    """.txt of a.txt, B.TXT and c.txt.gz"""
+    return without_gz(path).suffix.lower()
 
 
 def find_files(args):
     """The files of the data set `args.name` in their order; they are downloaded if need be."""
+    path = Path(args.name)
     if args.name in DATASETS:
         return download_files(args.name, args.shards)
     if args.name in ("stdlib", "python"):
-        files = python_files(packages=args.name == "python")
-    elif Path(args.name).is_dir():
-        paths = sorted(Path(args.name).rglob("*"))
-        files = [p for p in paths if p.suffix in (".txt", ".jsonl", ".parquet") and p.is_file()]
-    else:
-        files = [Path(args.name)]
-    if not files or not files[0].exists():
-        known = ", ".join(["stdlib", "python", *DATASETS])
-        wanted = f"not a file, a folder of .txt, .jsonl or .parquet, or one of {known}"
-        raise UserError(f"{args.name}: {wanted}")
-    unique = {sha256_of(file): file for file in files}  # identical files count once
-    return list(unique.values())
+        return drop_identical(python_files(packages=args.name == "python"))
+    if path.is_dir():
+        return find_texts(path)
+    if kind(path) in UNPACK:
+        raise UserError(f"{path}: unpack it first: {UNPACK[kind(path)]} '{path}'")
+    if not path.exists():
+        raise UserError(f"{path}: not a file, not a folder, and none of {', '.join(NAMES)}")
+    return [path]
+
+
+def drop_identical(files):
+    """Of files with the same bytes, only one is kept."""
+    return list({sha256_of(file): file for file in files}.values())
+
+
+def find_texts(folder):
+    """The texts in a folder and its folders, without hidden ones. Says which files it skips."""
+    files = []
+    skipped = Counter()
+    for path in sorted(folder.rglob("*")):
+        names = path.relative_to(folder).parts
+        if path.is_dir() or any(name.startswith(".") for name in names):
+            continue
+        if kind(path) in TEXTS:
+            files.append(path)
+        else:
+            skipped[kind(path) or "without a suffix"] += 1
+    if not files:
+        raise UserError(f"{folder}: no {', '.join(TEXTS)} in this folder")
+    unique = drop_identical(files)
+    skipped["identical"] = len(files) - len(unique)
+    counts = [f"{n:,} {what}" for what, n in skipped.items() if n > 0]
+    if counts:
+        print(f"{folder}: files that were skipped: {', '.join(counts)}")
+    return unique
+
+
+def import_pyarrow():
+    try:
+        import pyarrow.parquet
+    except ImportError as e:
+        raise UserError(f"{e}. Parquet files need it: pip install pyarrow") from e
+    return pyarrow
 
 
 def download_files(name, shards):
@@ -372,11 +445,11 @@ def download_files(name, shards):
     folder = DOWNLOADS / name
     names = DATASETS[name].names
     if name == "openwebmath":
-        import_parquet()  # fails before the download
         tree = f"{HUB}/api/datasets/open-web-math/open-web-math/tree/main/data"
         listing = download(tree, folder / "files.json").read_text(encoding="utf-8")
-        paths = [entry["path"] for entry in json.loads(listing)]
-        names = sorted(path for path in paths if path.endswith(".parquet"))
+        names = sorted(entry["path"] for entry in json.loads(listing))
+    if names[0].endswith(".parquet"):
+        import_pyarrow()  # if it is not there, fail before the download
     address = DATASETS[name].address
     return [download(address + file, folder / Path(file).name) for file in names[:shards]]
 
@@ -384,105 +457,152 @@ def download_files(name, shards):
 # --- from files to documents
 
 
-def read_text(path):
-    """Yields a UTF-8 file in strings of up to BLOCK bytes."""
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    with open(path, "rb") as file:
-        while True:
-            block = file.read(BLOCK)
-            try:
-                yield decoder.decode(block, final=not block)
-            except UnicodeDecodeError as e:
-                at = file.tell() - len(e.object) + e.start
-                hint = "iconv converts files to UTF-8"
-                raise UserError(f"{path}: byte {at:,} is not UTF-8. {hint}") from e
-            if not block:
-                break
+def open_file(path):
+    """Opens a file to read its bytes; of a .gz file those inside."""
+    return open(path, "rb") if without_gz(path) == path else gzip.open(path)
 
 
-def read_stories(path):
-    """Yields the texts between `<|endoftext|>` and `<|endoftext|>`."""
+def open_text(path):
+    """Opens a text file as Python does, where all line ends are read as LF. The encoding is UTF-8,
+    or UTF-16 if its byte order mark is there. The mark is no text."""
+    file = open_file(path)
+    utf16 = file.peek(2)[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+    return io.TextIOWrapper(file, "utf-16" if utf16 else "utf-8-sig")
+
+
+def read_blocks(document, notes=None):
+    """Yields a text, or the text of a file, in strings of up to BLOCK characters. In the Counter
+    `notes`, files with line ends of Windows are counted."""
+    with open_text(document) if isinstance(document, Path) else io.StringIO(document) as file:
+        try:
+            while block := file.read(BLOCK):
+                yield block
+        except UnicodeDecodeError as e:
+            at = file.buffer.tell() - len(e.object) + e.start
+            raise UserError(f"{document}: byte {at:,} is not {e.encoding}; use iconv") from e
+        if notes is not None:
+            notes["files with CRLF"] += "\r\n" in (file.newlines or "")
+
+
+def split_text(path, separator):
+    """Yields what stands between the separators in a text file."""
     text = ""
-    for block in read_text(path):
-        *stories, text = (text + block).split(EOT)  # the last one may go on in the next block
-        for story in stories:
-            yield story.strip()
-    yield text.strip()
+    for block in read_blocks(path):
+        seen = max(0, len(text) - len(separator))
+        text += block
+        if separator in text[seen:]:
+            *parts, text = text.split(separator)  # the last part may go on in the next block
+            yield from parts
+    yield text
+
+
+def read_documents(path, notes):
+    """Yields the texts between `<|endoftext|>` and `<|endoftext|>` in a text file. A file without
+    it, or a program, is one document. It may be large, so only its path is yielded."""
+    separated = False
+    end = ""
+    for block in read_blocks(path, notes):
+        separated |= EOT in end + block
+        end = block[-len(EOT) :]
+    if separated and kind(path) != ".py":
+        texts = map(str.strip, split_text(path, EOT))
+        yield from filter(None, texts)
+    else:
+        yield path
 
 
 def read_wikitext(path):
     """Yields (split, article) of WikiText's zip."""
     # An article begins at a line ` = Title = ` after an empty line.
     beginning = regex.compile(r"(?m)(?<=\S\s*\n\s*\n)(?= = [^=\n].* = $)")
+    with zipfile.ZipFile(path) as archive:
+        for split, name in [("train", "train"), ("val", "valid"), ("test", "test")]:
+            text = archive.read(f"wikitext-2-raw/wiki.{name}.raw").decode()
+            for article in beginning.split(text):
+                yield split, article
+
+
+def read_parquet(path, fields):
+    """Yields the rows of a .parquet file as dicts, of the columns `fields` alone if they exist."""
+    pyarrow = import_pyarrow()
     try:
-        with zipfile.ZipFile(path) as archive:
-            for split, name in [("train", "train"), ("val", "valid"), ("test", "test")]:
-                text = archive.read(f"wikitext-2-raw/wiki.{name}.raw").decode()
-                for article in beginning.split(text):
-                    yield split, article
-    except zipfile.BadZipFile as e:
+        with pyarrow.parquet.ParquetFile(open_file(path)) as file:
+            known = set(fields) <= set(file.schema_arrow.names)
+            for rows in file.iter_batches(256, columns=fields if known else None):
+                yield from rows.to_pylist()
+    except pyarrow.ArrowException as e:
         raise UserError(f"{path}: {e}") from e
 
 
-def read_rows(path, fields):
-    """Yields the rows of a .parquet file, or the objects of a .jsonl file or of an array in a .json
-    file, as dicts."""
-    if path.suffix == ".parquet":
-        with import_parquet().ParquetFile(path) as file:
-            for rows in file.iter_batches(batch_size=256, columns=fields):
-                yield from rows.to_pylist()
-        return
-    with open(path, encoding="utf-8") as file:
-        is_array = path.suffix == ".json" and file.read(1) == "["
-        file.seek(0)
-        if is_array:
-            yield from json.load(file)
-        else:
-            yield from map(json.loads, filter(str.strip, file))
+def read_json(path):
+    """Yields the rows of a .jsonl file, one in each line, or of a .json file, which may also be one
+    array of rows."""
+    is_array = kind(path) == ".json" and next(read_blocks(path), "").startswith("[")
+    texts = ["".join(read_blocks(path))] if is_array else split_text(path, "\n")
+    for number, text in enumerate(texts, 1):
+        if not text.strip():
+            continue
+        try:
+            rows = json.loads(text)
+        except json.JSONDecodeError as e:
+            line = number + e.lineno - 1
+            raise UserError(f"{path}: line {line:,}: not JSON: {e.msg}") from e
+        yield from rows if is_array else [rows]
 
 
-def read_fields(path, fields):
-    """Yields the text of each row: its fields, with an empty line between them."""
-    done = 0
-    try:
-        for row in read_rows(path, fields):
-            text = "\n\n".join(row[field] for field in fields)
+def read_fields(path, fields, notes):
+    """Yields the text of each row: its fields, with an empty line between them. Rows without text
+    are left out, and counted in `notes`."""
+    first = {}  # the first row
+    missing = set(fields)
+    rows = read_parquet(path, fields) if kind(path) == ".parquet" else read_json(path)
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, dict):
+            raise UserError(f"{path}: row {number:,} is a {type(row).__name__}, and has no fields")
+        first = first or row
+        missing -= row.keys()
+        texts = []
+        for field in fields:
+            text = row.get(field)
+            if not isinstance(text, str | None):
+                problem = f"is a {type(text).__name__}, not a text. --field names the text"
+                raise UserError(f"{path}: row {number:,}: {field} {problem}")
+            if text and text.strip():
+                texts.append(text)
+        notes["rows"] += 1
+        if texts:
             # "\ud800" is JSON but not Unicode: it becomes U+FFFD.
+            text = "\n\n".join(texts)
             yield text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-            done += 1
-    except UserError:
-        raise
-    except (ValueError, KeyError, TypeError, OSError) as e:
-        where = f"{path}: object {done + 1:,}"
-        raise UserError(f"{where}: {type(e).__name__}: {e}. --field names the text") from e
-
-
-def read(files, args):
-    """Yields (split, document). split: train, val or test, or None if the source does not tell it.
-    document: a text, or the path of a text file, which may be too large for the memory."""
-    for path in files:
-        if args.name == "wikitext2":
-            yield from read_wikitext(path)
-        elif args.name == "tinystories":
-            for story in read_stories(path):
-                yield "val" if path.name == "valid.txt" else "train", story
-        elif path.suffix in (".jsonl", ".json", ".parquet"):
-            for text in read_fields(path, args.field.split(",")):
-                yield None, text
         else:
-            yield None, path
+            notes["rows without text"] += 1
+    if missing and first:
+        there = f"the first row has {', '.join(first)}. --field names the text"
+        raise UserError(f"{path}: no row has the field {', '.join(sorted(missing))}; {there}")
+
+
+def read(files, args, notes):
+    """Yields (split, document). split: train, val or test, or None if the source does not tell it.
+    document: a text, or the path of a text file. What the reader should know is counted in the
+    Counter `notes`."""
+    for path in files:
+        split = None
+        if args.name == "tinystories":
+            split = "val" if path.name == "valid.txt" else "train"
+        try:
+            if args.name == "wikitext2":
+                yield from read_wikitext(path)
+            elif kind(path) in (".jsonl", ".json", ".parquet"):
+                for text in read_fields(path, args.field.split(","), notes):
+                    yield split, text
+            else:
+                for document in read_documents(path, notes):
+                    yield split, document
+        except (EOFError, zlib.error, gzip.BadGzipFile, zipfile.BadZipFile) as e:
+            raise UserError(f"{path}: damaged: {e}") from e
 
 
 # --- from documents to pieces
-
-
-def read_blocks(document):
-    """Yields a text, or the text of a file, in strings of up to BLOCK characters."""
-    if isinstance(document, Path):
-        yield from read_text(document)
-    else:
-        for start in range(0, len(document), BLOCK):
-            yield document[start : start + BLOCK]
 
 
 def cut(document):
@@ -506,6 +626,15 @@ def cut(document):
         yield text
 
 
+def encode(tokenizer, text):
+    """The ids of a text, as in the token files: a list. tokenizer: what load_tokenizer returns. It
+    has a method that does the same, but panics at a million spaces, so the text is cut first."""
+    ids = []
+    for piece in cut(text):
+        ids += tokenizer.encode_ordinary(piece)
+    return ids
+
+
 def find_boundary(files, args):
     """Returns None if each document goes to train or val by its hash: it stays there when other
     documents are added. Of few documents the hash may choose none for val. So they are split by
@@ -514,9 +643,8 @@ def find_boundary(files, args):
     if args.val_fraction == 0:
         return None
     many = math.ceil(10 / min(args.val_fraction, 1 - args.val_fraction))  # ten in the smaller split
-    sizes = []  # in characters
-    for _, document in islice(read(files, args), many):
-        sizes.append(sum(map(len, read_blocks(document))))
+    documents = (document for _, document in islice(read(files, args, Counter()), many))
+    sizes = [sum(map(len, read_blocks(document))) for document in documents]  # in characters
     if len(sizes) == many:
         return None
     return round(sum(sizes) * (1 - args.val_fraction))
@@ -531,10 +659,10 @@ def split_by_hash(document, val_fraction):
     return "val" if number < val_fraction * 2**64 else "train"
 
 
-def pieces(files, args, boundary):
+def pieces(files, args, boundary, notes):
     """Yields (split, number of the document, text) for the pieces of all documents."""
     position = 0  # of the piece in all texts together
-    for number, (split, document) in enumerate(read(files, args)):
+    for number, (split, document) in enumerate(read(files, args, notes)):
         if split is None and boundary is None:
             split = split_by_hash(document, args.val_fraction)
         if split in ("val", "test") and args.val_fraction == 0:
@@ -573,32 +701,31 @@ def make_ranks(vocab_size, texts):
     return "".join(lines)
 
 
-def write_splits(pieces, encoding, folder, total):
+def write_splits(pieces, tokenizer, folder):
     """Encodes pieces of text and writes their ids to folder/SPLIT.bin. Returns {split: counts}."""
     files = {}  # split -> its file
-    splits = {}  # split -> its counts
+    splits = defaultdict(Counter)  # split -> its counts
     newest = {}  # split -> number of the document that was written to it last
     with ExitStack() as stack, ThreadPoolExecutor(os.cpu_count()) as pool:
 
-        def encode(piece):
-            return encoding.encode_to_numpy(piece[2], disallowed_special=())
+        def encode_piece(piece):
+            return tokenizer.encode_to_numpy(piece[2], disallowed_special=())
 
         while batch := list(islice(pieces, 128)):
-            for (split, number, text), ids in zip(batch, pool.map(encode, batch)):
+            for (split, number, text), ids in zip(batch, pool.map(encode_piece, batch)):
                 if split not in files:
                     files[split] = stack.enter_context(open(folder / f"{split}.bin", "wb"))
-                    splits[split] = dict.fromkeys(("tokens", "bytes", "words", "documents"), 0)
                 counts = splits[split]
-                if number != newest.get(split):  # a document begins
-                    newest[split] = number
-                    if counts["documents"] > 0:  # end of text stands between two documents
-                        ids = np.append(encoding.eot_token, ids)
-                    counts["documents"] += 1
+                begins = number != newest.get(split)  # a document
+                if begins and split in newest:  # end of text stands between two documents
+                    ids = np.append(tokenizer.eot_token, ids)
                 files[split].write(ids.astype("<u2").tobytes())
+                newest[split] = number
                 counts["tokens"] += len(ids)
                 counts["bytes"] += len(text.encode())
                 counts["words"] += len(text.split())
-            show_progress("encoding", sum(counts["bytes"] for counts in splits.values()), total)
+                counts["documents"] += begins
+            show_progress(f"encoded for {split}.bin", counts["bytes"])
         for file in files.values():
             sync(file)
     for split, counts in splits.items():
@@ -612,40 +739,47 @@ def write_text(path, text):
         sync(file)
 
 
-def write_data_set(args, files, source, folder):
-    """Writes all files of the data set to `folder`. Returns what meta.json holds."""
+def write_data_set(args, files, origin, ranks, folder):
+    """Writes all files of the data set to `folder`, and says what is in them. origin: what
+    meta.json tells of how they were made. ranks: of the tokenizer, "" if it must be trained first.
+    """
     boundary = find_boundary(files, args)
-    ranks = ""
-    if args.tokenizer.startswith("bpe:"):
-        parts = pieces(files, args, boundary)
-        texts = (text for split, _, text in parts if split == "train")
-        ranks = make_ranks(int(args.tokenizer[4:]), texts)
+    name = origin["tokenizer"]
+    if name.startswith("bpe:"):
+        if not ranks:
+            parts = pieces(files, args, boundary, Counter())
+            texts = (text for split, _, text in parts if split == "train")
+            ranks = make_ranks(int(name.removeprefix("bpe:")), texts)
         write_text(folder / "tokenizer.tiktoken", ranks)
-    encoding = load_tokenizer(args.tokenizer, ranks)
+    tokenizer = load_tokenizer(name, ranks)
 
-    total = sum(path.stat().st_size for path in files)
-    splits = write_splits(pieces(files, args, boundary), encoding, folder, total)
-    for split in ("train", "val"):
-        if split not in splits and (split == "train" or args.val_fraction > 0):
-            problem = f"no text for {split}.bin (--val-fraction {args.val_fraction})"
-            raise UserError(f"{args.name}: {problem}")
-    meta = {
-        "vocab_size": encoding.n_vocab,
-        "tokenizer": args.tokenizer,
-        "eot": encoding.eot_token,
-        "source": source,
-        "splits": splits,
-    }
+    notes = Counter()
+    splits = write_splits(pieces(files, args, boundary, notes), tokenizer, folder)
+    wanted = {"train", "val"} if args.val_fraction > 0 else {"train"}
+    if wanted - splits.keys():
+        raise UserError(f"{args.name}: too little text for --val-fraction {args.val_fraction}")
+    meta = {"vocab_size": tokenizer.n_vocab, "eot": tokenizer.eot_token, **origin, "splits": splits}
     write_text(folder / "meta.json", json.dumps(meta, indent=1) + "\n")
-    return meta
+
+    print(f"{args.name}: {name}, vocabulary size {tokenizer.n_vocab:,}")
+    for split, n in splits.items():
+        counts = f"{n['tokens']:>13,} tokens {n['bytes']:>15,} bytes {n['documents']:>9,} documents"
+        print(f"  {split:5} {counts}  {n['bytes'] / n['tokens']:.2f} bytes per token")
+    if notes["rows without text"]:
+        print(f"  {notes['rows without text']:,} of {notes['rows']:,} rows have no text")
+    if notes["files with CRLF"]:
+        print(f"  line ends CRLF became LF in {notes['files with CRLF']:,} of {len(files):,} files")
+
+
+# A folder without meta.json is no data set. So it is removed first, and comes back last.
+FILES = ("meta.json", "tokenizer.tiktoken", "train.bin", "val.bin", "test.bin")
 
 
 def replace_folder(partial, out):
-    """Moves the files of a data set from `partial` to `out`, in place of the older ones. meta.json
-    goes first and comes last: a folder without it is no data set."""
-    (out / "meta.json").unlink(missing_ok=True)
-    for name in ("train.bin", "val.bin", "test.bin", "tokenizer.tiktoken", "meta.json"):
+    """Moves the files of a data set from `partial` to `out`, in place of the older ones."""
+    for name in FILES:
         (out / name).unlink(missing_ok=True)
+    for name in reversed(FILES):
         if (partial / name).exists():
             os.replace(partial / name, out / name)
 
@@ -661,69 +795,62 @@ def read_meta(out):
 def prepare(args, out):
     """Writes the data set `args.name` to the folder `out`. If that fails, what the folder held
     stays whole."""
-    start = time.time()
-    source = args.name
-    if Path(source).exists() and source not in ("stdlib", "python", *DATASETS):
-        source = str(Path(source).resolve())
+    name, ranks = find_tokenizer(args.tokenizer)
+    origin = {
+        "tokenizer": name,
+        "tokenizer_from": str(Path(args.tokenizer).resolve()) if name != args.tokenizer else None,
+        "source": args.name if args.name in NAMES else str(Path(args.name).resolve()),
+        "field": args.field,
+        "val_fraction": args.val_fraction,
+    }
     if (out / "meta.json").exists() and not args.force:
-        meta = read_meta(out)
-        old = meta.get("source", source)
-        if (meta["tokenizer"], old) != (args.tokenizer, source):
-            made = f"{out} was made from {old} with {meta['tokenizer']}"
+        old = read_meta(out)
+        changed = [key for key in origin if old.get(key, origin[key]) != origin[key]]
+        if changed:
+            made = ", ".join(f"{key} {old[key]}" for key in changed)
             hint = "Choose another folder with --out, or overwrite this one with --force"
-            raise UserError(f"{made}. {hint}")
+            raise UserError(f"{out} was made with {made}. {hint}")
 
-    if not args.tokenizer.startswith("bpe:"):
-        load_tokenizer(args.tokenizer)  # if there is no such tokenizer, fail before a download
+    if ranks or not name.startswith("bpe:"):
+        load_tokenizer(name, ranks)  # if there is no such tokenizer, fail before a download
     files = find_files(args)
-    partial = out / "prepare_data.partial"
+    # Two processes that write to the same folder must not write to the same files.
+    partial = out / f"prepare_data.{os.getpid()}.partial"
     try:
-        shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
         partial.mkdir(parents=True)
-        meta = write_data_set(args, files, source, partial)
+        write_data_set(args, files, origin, ranks, partial)
         replace_folder(partial, out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
         with suppress(OSError):
             out.rmdir()  # only if it is empty
-
-    seconds = time.time() - start
-    print(f"{out}: {args.tokenizer}, vocabulary size {meta['vocab_size']:,}, {seconds:.0f} s")
-    for split, n in meta["splits"].items():
-        counts = f"{n['tokens']:>13,} tokens {n['bytes']:>15,} bytes {n['documents']:>9,} documents"
-        print(f"  {split:5} {counts}  {n['bytes'] / n['tokens']:.2f} bytes per token")
+    print(f"To train on it: python gpt2.py --preset demo --data '{out}'")
 
 
 def check(out):
-    """Compares the files of a data set with its meta.json: the checksums, and whether all ids are
-    in the vocabulary."""
+    """Compares the files of a data set with its meta.json. Raises UserError for the first one that
+    is not the same."""
     meta = read_meta(out)
-    vocab_size = meta["vocab_size"]
-    command = ["prepare_data.py", meta.get("source", "NAME"), "--tokenizer", meta["tokenizer"]]
-    hint = f"To prepare it again: python {shlex.join([*command, '--out', str(out)])}"
-    if meta["tokenizer"].startswith("bpe:"):
-        path = out / "tokenizer.tiktoken"
-        ranks = path.read_text(encoding="utf-8")
-        if load_tokenizer(meta["tokenizer"], ranks).n_vocab != vocab_size:
-            raise UserError(f"{path}: not the vocabulary of {vocab_size:,}. {hint}")
+    if load_tokenizer(*find_tokenizer(out)).n_vocab != meta["vocab_size"]:
+        raise UserError(f"{out}: tokenizer.tiktoken was changed. Prepare the data set again")
     for split, counts in meta["splits"].items():
         path = out / f"{split}.bin"
         if sha256_of(path) != counts["sha256"]:
-            raise UserError(f"{path}: changed or cut short since it was written. {hint}")
-        highest = np.memmap(path, "<u2", "r").max()
-        if highest >= vocab_size:
-            beyond = f"id {highest:,} is beyond the vocabulary of {vocab_size:,}"
-            raise UserError(f"{path}: {beyond}. {hint}")
+            raise UserError(f"{path}: changed, or cut short. Prepare the data set again")
         print(f"{path}: {counts['tokens']:,} tokens, as in meta.json")
 
 
 # --- OpenAI's weights
+
+OPENAI = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 
 
 def prepare_weights(name, out):
     """Writes OpenAI's GPT-2 (Radford et al. 2019) as out/ckpt.pt, a checkpoint of gpt2.py."""
     import torch
 
+    if name not in OPENAI:
+        raise UserError(f"weights:{name}: OpenAI's models are {', '.join(OPENAI)}")
     url = f"{HUB}/openai-community/{name}/resolve/main/pytorch_model.bin"
     path = download(url, DOWNLOADS / f"{name}.bin")
     model = {}
@@ -739,33 +866,22 @@ def prepare_weights(name, out):
     padding = torch.zeros(-vocab_size % 64, n_embd)  # gpt2.py pads it to a multiple of 64
     model["wte.weight"] = torch.cat([model["wte.weight"], padding])
     model["lm_head.weight"] = model["wte.weight"]
-    blocks = {key.split(".")[1] for key in model if key.startswith("h.")}
-    config = dict(
-        vocab_size=vocab_size,
-        block_size=len(model["wpe.weight"]),
-        n_layer=len(blocks),
-        n_head=n_embd // 64,
-        n_embd=n_embd,
-    )
+    config = {
+        "vocab_size": vocab_size,
+        "block_size": len(model["wpe.weight"]),
+        "n_layer": sum(key.endswith("ln_1.weight") for key in model),
+        "n_head": n_embd // 64,  # in all four, a head has 64 channels
+        "n_embd": n_embd,
+    }
     tokenizer = {"name": "gpt2", "eot": 50256, "vocab_size": 50257, "ranks": ""}
-    state = dict(
-        model_file="gpt2.py",
-        config=config,
-        tokenizer=tokenizer,
-        step=0,
-        tokens=0,
-        seconds=0.0,
-        best=math.inf,
-        model=model,
-        optimizer={"state": {}},
-    )
+    ckpt = {"model_file": "gpt2.py", "config": config, "tokenizer": tokenizer, "model": model}
     out.mkdir(parents=True, exist_ok=True)
     temporary = out / "ckpt.pt.tmp"
     with open(temporary, "wb") as file:
-        torch.save(state, file)
+        torch.save(ckpt, file)
         sync(file)
     os.replace(temporary, out / "ckpt.pt")
-    print(f"To sample from it: python sample.py --ckpt {shlex.quote(str(out / 'ckpt.pt'))}")
+    print(f"To sample from it: python sample.py --ckpt '{out}/ckpt.pt'")
 
 
 # --- options
@@ -777,31 +893,33 @@ def parse(argv):
     parser.error = lambda text: sys.exit(f"prepare_data.py: {text} (--help lists all options)")
     add = parser.add_argument
     add("name", nargs="?", default="stdlib", help="a data set, or the path of your own text")
-    add("--tokenizer", default="bpe:4096", help="bpe:N (trained here), bytes, gpt2, ...")
-    add("--val-fraction", type=float, default=0.1, help="validation's share; 0: no validation")
+    add("--tokenizer", default="bpe:4096", help="bpe:N (trained here), bytes, gpt2 or data/OTHER")
+    add("--val-fraction", type=float, help="validation's share, 0 for none (default: see above)")
     add("--field", help="in .jsonl, .json and .parquet: where the text is; a,b joins two fields")
     add("--shards", type=int, metavar="N", help="download only the first N files of the data set")
     add("--out", help="folder to write (default: data/NAME; for weights out/NAME-openai)")
-    add("--force", action="store_true", help="overwrite a data set of another source or tokenizer")
-    add("--check", action="store_true", help="check the data set, or the folder, NAME and stop")
+    add("--force", action="store_true", help="overwrite a data set that was made otherwise")
+    add("--check", action="store_true", help="check the files in the folder, and stop")
     args = parser.parse_args(argv)
+    defaults = DATASETS.get(args.name, DataSet)
     if args.field is None:
-        args.field = DATASETS[args.name].field if args.name in DATASETS else "text"
+        args.field = defaults.field
+    if args.val_fraction is None:
+        args.val_fraction = defaults.val_fraction
+    if args.shards is not None and args.shards < 1:
+        raise UserError(f"--shards {args.shards}: it must be at least 1")
     if not 0 <= args.val_fraction < 1:
-        problem = f"--val-fraction {args.val_fraction}"
-        raise UserError(f"{problem}: it must be at least 0 and less than 1")
-    kind, _, size = args.tokenizer.partition(":")
-    if kind == "bpe" and not (size.isdecimal() and 257 <= int(size) <= MAX_IDS):
-        limits = f"N is from 257 (256 bytes and end of text) to {MAX_IDS:,} (16 bits)"
-        raise UserError(f"--tokenizer {args.tokenizer}: in bpe:N, {limits}")
+        raise UserError(f"--val-fraction {args.val_fraction}: it must be from 0 to less than 1")
+    bpe, _, size = args.tokenizer.partition(":")
+    if bpe == "bpe" and not (size.isdecimal() and 257 <= int(size) <= MAX_IDS):
+        raise UserError(f"--tokenizer {args.tokenizer}: N is from 257 to {MAX_IDS:,} (16 bits)")
     return args
 
 
 def run(args):
-    out = Path(args.out or Path("data") / Path(args.name).resolve().stem)
+    out = Path(args.out or Path("data") / without_gz(Path(args.name).resolve()).stem)
     if args.check:
-        is_folder = (Path(args.name) / "meta.json").exists()
-        check(Path(args.name) if is_folder else out)
+        check(out)
     elif args.name.startswith("weights:"):
         name = args.name.removeprefix("weights:")
         prepare_weights(name, Path(args.out or f"out/{name}-openai"))
@@ -815,10 +933,12 @@ def main(argv=None):
     except (UserError, OSError) as e:
         sys.exit("prepare_data.py: " + " ".join(str(e).split()))
     except KeyboardInterrupt:
-        what = "interrupted; no data set was changed, and the next run resumes downloads"
-        print(f"\nprepare_data.py: {what}", file=sys.stderr)
+        message = "interrupted. No data set was changed; the next run resumes downloads"
+        print(f"\nprepare_data.py: {message}", file=sys.stderr)
         sys.exit(130)  # as in a shell
 
 
 if __name__ == "__main__":
+    for stream in (sys.stdout, sys.stderr):  # a terminal may lack the letters of a file's name
+        stream.reconfigure(errors="replace")
     main()
