@@ -50,12 +50,12 @@ def plain_mix(mix, x):
     if mix.rotary:
         x = rotated(x)
     position = torch.arange(T)
-    if mix.mixing == "flat":
-        sums = [sum(mix.W[t, s] * x[:, s] for s in range(t + 1)) for t in range(T)]
+    if mix.mixing != "expanded":
+        rows = [mix.W[t, : t + 1] for t in range(T)]
+        if mix.mixing == "softmax":
+            rows = [row.softmax(0) for row in rows]
+        sums = [sum(w * x[:, s] for s, w in enumerate(row)) for row in rows]
         return torch.stack(sums).transpose(0, 1)  # in memory, positions come first, as in the model
-    if mix.mixing == "softmax":
-        rows = [F.pad(mix.W[t, : t + 1].softmax(0), (0, T - 1 - t)) for t in range(T)]
-        return torch.stack(rows) @ x
     # Two matrices, each masked by the positions of the 2 T hidden units.
     of_unit = position.repeat(2)  # 0 .. T-1, and again
     into = mix.W.flatten(0, 1)  # (2 T, T)
@@ -104,15 +104,6 @@ def test_dropout_follows_the_embedding_and_each_sublayer_in_training_alone():
     trained = model.train()(idx)
     torch.manual_seed(1)  # the same random numbers, in the same order
     assert close(trained, plain_logits(model, idx, p=0.3))
-
-
-@torch.no_grad()
-def test_softmax_is_flat_whose_rows_are_softmaxes_over_the_past():
-    soft, flat, x = tiny(mixing="softmax"), tiny(), torch.randn(3, T, C).double()
-    for t in range(T):
-        past = soft.h[0].mix.W[t, : t + 1].exp()
-        flat.h[0].mix.W[t, : t + 1] = past / past.sum()
-    assert close(soft.h[0].mix(x), flat.h[0].mix(x))
 
 
 # --- who reads whom
@@ -197,15 +188,6 @@ def test_initial_weights(mixing):
             std = 0.02 / math.sqrt(6) if "c_proj" in name else 0.02
             assert p.std().item() == pytest.approx(std, rel=0.05), name
             assert abs(p.mean().item()) < 0.03 * std, name
-
-
-def test_weight_decay_falls_on_matrices_and_on_no_bias():
-    model = tiny(mixing="expanded")
-    decayed, rest = mixer.configure_optimizer(model, mixer.Config()).param_groups
-    names = {id(p): name for name, p in model.named_parameters()}
-    decayed, rest = ({names[id(p)] for p in group["params"]} for group in (decayed, rest))
-    assert {"h.0.mix.W", "h.0.mix.W_out", "wte.weight"} <= decayed
-    assert {name for name in names.values() if "bias" in name or "ln_" in name} == rest
 
 
 def test_a_token_is_not_drowned_by_the_sum_of_those_before_it():

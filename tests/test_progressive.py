@@ -46,7 +46,7 @@ def frozen(model):
 
 
 def unrolled(model):
-    """The gpt2.Model of 8 blocks that computes the same, and a dict of names: for each tensor of it,
+    """The gpt2.Model of 8 blocks that computes the same, and for each of its tensors the name of
     the tensor of `model` that it came from."""
     own = dict(model.named_parameters())
     known = {field.name for field in fields(gpt2.Config)}
