@@ -1,18 +1,26 @@
-"""Generates text from a checkpoint of any model file with one of five decoding methods. A cache makes a new token cost
-the work of one token, not of the whole text.
+"""Continues a text with a checkpoint of any model file, by one of five methods, or fills in blanks.
 
-    python sample.py --ckpt out/gpt2/ckpt.pt --prompt "def main("        nucleus sampling, printed token by token
-    python sample.py --ckpt out/gpt2/ckpt.pt --decode all                one sample of each decoder, with tokens/s
-    python sample.py --ckpt out/gpt2/ckpt.pt --num-samples 8 --top-k 40  eight samples of a prompt as one batch
-    python sample.py --ckpt out/masked/ckpt.pt --prompt "for <blank> in"  fills blanks: see scratch_former.py
+    python sample.py --ckpt out/demo/ckpt.pt --prompt "def main("   prints it token by token
+    python sample.py --ckpt out/demo/ckpt.pt                        asks for prompts
+    python sample.py --ckpt out/demo/ckpt.pt --decode all           by each method, with its speed
+    python sample.py --ckpt out/demo/ckpt.pt --num-samples 8        eight texts, as one batch
+    python sample.py --ckpt out/masked/ckpt.pt --prompt "for <blank> in"    see scratch_former.py
 
+    tokens so far (B, T)
+    |    the network              with a cache, it reads new tokens only
+    v
     logits of the next token (B, V)
-       |                    greedy takes the most probable token
-       | / temperature      sharper below 1, flatter above
-       | top-k              only the k most probable tokens (Fan et al. 2018, section 5)
-       | nucleus            only the fewest tokens whose probabilities reach p (Holtzman et al. 2020, section 3.1)
-       v
-    softmax, draw one       beam search instead keeps the `beam_width` most probable hypotheses
+    |    / temperature            sharper below 1, flatter above 1
+    |    top-k                    only the k most probable tokens (Fan et al. 2018, section 5)
+    |    nucleus, or top-p        only the most probable tokens, as few as reach the probability p
+    |                             together (Holtzman et al. 2020, section 3.1)
+    |    softmax, draw one
+    v
+    next token (B)
+
+Temperature, top-k and nucleus are three filters, and they combine. --decode with one of these names
+only chooses defaults. The other two methods do not draw: greedy decoding takes the most probable
+token, and beam search keeps the `beam_width` most probable texts at every step.
 """
 
 import argparse
@@ -21,122 +29,162 @@ import functools
 import importlib
 import math
 import os
-import shlex
 import sys
 import time
+from itertools import takewhile
 from pathlib import Path
+
+# On Linux, a thread that waits for others keeps its core busy, so that one other busy program makes
+# training up to 30 times slower. Now it sleeps after 1,000 tries (4% slower on an idle machine).
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import torch
 import torch.nn.functional as F
 
-from gpt2 import choose_device, read_checkpoint  # the same code in every model file
+from gpt2 import UserError, choose_device, read_checkpoint  # the same code in every model file
+from prepare_data import UserError as DataError
 from prepare_data import load_tokenizer
 
-DRAWING = ("top-k", "temperature", "nucleus")
-DECODERS = ("greedy", "beam", *DRAWING)
-OPTIONS = dict.fromkeys(("temperature", "top_k", "top_p", "num_samples", "seed"), DRAWING)  # the decoders that use it
-OPTIONS |= dict.fromkeys(("beam_width", "length_penalty"), ("beam",))
-BLANK = "<blank>"  # in a prompt, what to fill in: a token, or a span of any length
+
+@torch.no_grad()
+def plain_generate(model, idx, max_new_tokens, temperature=1.0):
+    """The whole idea. All that follows makes it faster, or chooses the token in another way."""
+    for _ in range(max_new_tokens):
+        window = idx[:, -model.cfg.block_size :]  # what the network can read
+        logits = model(window)[:, -1]  # (B, V), of the next token
+        probs = F.softmax(logits / temperature, dim=-1)
+        token = torch.multinomial(probs, num_samples=1)  # (B, 1), drawn
+        idx = torch.cat([idx, token], dim=1)  # (B, T + 1)
+    return idx
+
+
+# The values that a decoder uses unless others are given. From Python, temperature is 1 by default.
+DECODERS = {
+    "greedy": {},
+    "beam": {},
+    "top-k": {"top_k": 50},
+    "temperature": {"temperature": 0.7},
+    "nucleus": {"top_p": 0.95},
+}
+
+
+# --- how a token is chosen
+
+
+def choose(logits, decode, temperature=1.0, top_k=None, top_p=None, generator=None):
+    """The next token, (B), from logits (B, V): three filters in this order, then a draw."""
+    if decode in ("greedy", "beam") or temperature == 0:  # a beam of width 1 is greedy
+        return logits.argmax(-1)
+    if top_k is None:
+        top_k = DECODERS[decode].get("top_k")
+    if top_p is None:
+        top_p = DECODERS[decode].get("top_p", 1.0)
+
+    # The largest logit becomes 0, so that nothing overflows when it is divided by a tiny number.
+    logits = logits - logits.amax(-1, keepdim=True)
+    logits = logits / max(temperature, 1e-30)
+    V = logits.size(-1)
+    ids = torch.arange(V, device=logits.device).expand_as(logits)  # (B, V)
+    if top_k is not None:
+        logits, ids = logits.topk(min(top_k, V))  # (B, k): exactly k, also if logits are equal
+    top_p = max(top_p, 1e-9)  # a top_p of 0 keeps the most probable token
+    if top_p == 1:
+        top_p = math.inf  # all tokens, however the sum of their probabilities is rounded
+    return draw_from_nucleus(logits.softmax(-1), ids, top_p, generator)
+
+
+def draw_from_nucleus(probs, ids, top_p, generator):
+    """Draws a token, (B), from the nucleus: the most probable tokens, as few as reach top_p.
+
+    probs (B, K) are the probabilities of the tokens ids (B, K). In the textbook it is
+
+        sorted_probs, order = probs.sort(dim=-1, descending=True, stable=True)  # sort
+        before = sorted_probs.cumsum(-1) - sorted_probs  # cumulate
+        sorted_probs[before >= top_p] = 0  # cut
+        drawn = torch.multinomial(sorted_probs, 1, generator=generator)  # draw
+        token = ids.gather(1, order).gather(1, drawn)[:, 0]
+
+    But to sort a large vocabulary takes longer than all else. So draw from all tokens. Is the
+    probability of the tokens before the drawn one, the more probable ones, top_p already? Then it
+    is outside the nucleus, and so are all tokens after it: draw again, from those before it. What
+    is drawn at last has the distribution of the nucleus.
+    """
+    outside = torch.ones_like(ids[:, :1], dtype=torch.bool)  # (B, 1): the rows that have to draw
+    drawn = torch.zeros_like(ids[:, :1])  # (B, 1), positions in ids
+    while outside.any():
+        cdf = probs.cumsum(-1)
+        u = torch.rand(outside.shape, generator=generator, device=cdf.device)
+        new = torch.searchsorted(cdf, u * cdf[:, -1:], right=True)
+        drawn = torch.where(outside, new, drawn)
+        prob = probs.gather(1, drawn)
+        token = ids.gather(1, drawn)
+        # Of equally probable tokens, the one with the lower id comes first.
+        before = (probs > prob) | ((probs == prob) & (ids < token))  # (B, K)
+        outside = (probs * before).sum(-1, keepdim=True) >= top_p
+        probs = probs.masked_fill(outside & ~before, 0)
+    return token[:, 0]
+
+
+# --- how a text is continued
 
 
 def crop(idx, block_size, max_new_tokens):
-    """Cuts prompts (B, T) that are longer than the window, to leave room for the new tokens, and says so on stderr."""
-    keep = max(block_size - max_new_tokens, block_size - block_size // 4)  # three quarters of the window at least
-    if idx.size(1) <= block_size:
+    """Prompts (B, T) without their first tokens, if they do not fit in the network's window. Leaves
+    room for the new tokens, but at most a quarter of the window. Says so on stderr."""
+    T = idx.size(1)
+    if T <= block_size:
         return idx
-    print(f"(the prompt is too long: its first {idx.size(1) - keep:,} tokens are left out)", file=sys.stderr)
+    keep = max(block_size - max_new_tokens, block_size - block_size // 4)
+    print(f"(the prompt is too long: its first {T - keep:,} tokens are left out)", file=sys.stderr)
     return idx[:, -keep:]
 
 
 class Context:
-    """The tokens of a batch so far, (B, T), and the cache with which a new token costs the work of one token. It needs
-    only model(idx, cache=cache), model.new_cache(batch_size), model.ahead, and model.cfg.block_size."""
+    """The tokens of B texts so far, (B, T), and the cache with which the network reads only what is
+    new. Any network will do that has new_cache, ahead and cfg.block_size, as in gpt2.py."""
 
     def __init__(self, model, tokens, use_cache=True):
-        self.model, self.tokens, self.use_cache = model, tokens, use_cache
-        self.start, self.cache = 0, None  # the window is tokens[:, start:]
-        self.pending = torch.empty(len(tokens), 0, 0)  # (B, n, V), logits computed and not yet asked for
+        self.model = model
+        self.tokens = tokens
+        self.use_cache = use_cache
+        self.cache = None
+        self.start = 0  # the window of the network is tokens[:, start:]
+        self.pending = []  # logits, (B, V) each, that were computed and not yet asked for
 
-    def logits(self):
-        """Logits of the next token, (B, V) in float32. One forward pass computes those of `model.ahead` tokens."""
-        if self.pending.size(1) == 0:
-            T, block_size = self.tokens.size(1), self.model.cfg.block_size
-            if T - self.start > block_size:
-                # What is cached depends on positions: slide by a quarter, then read the last three quarters again.
-                self.start, self.cache = T - (block_size - block_size // 4), None
-            window = self.tokens[:, self.start :]
-            if self.cache is None or not self.use_cache:  # compute equal rows once, such as samples of one prompt
-                distinct, rows = window.cpu().unique(dim=0, return_inverse=True)
-                self.cache = self.model.new_cache(len(distinct))
-                self.pending = self.model(distinct.to(window.device), cache=self.cache)[rows].float()
-                self.cache.select(rows)
-            else:
-                self.pending = self.model(window[:, self.cache.length :], cache=self.cache).float()
-        logits, self.pending = self.pending[:, 0], self.pending[:, 1:]
-        return logits
+    def append(self, token):
+        """Adds a token (B) to each text."""
+        self.tokens = torch.cat([self.tokens, token[:, None]], dim=1)
 
-    def select(self, rows):  # row i becomes what row rows[i] was
-        self.tokens, self.pending = self.tokens[rows], self.pending[rows]
+    def select(self, rows):
+        """Text i is replaced by text rows[i]."""
+        self.tokens = self.tokens[rows]
+        self.pending = [logits[rows] for logits in self.pending]
         self.cache.select(rows)
 
+    def logits(self):
+        """Logits of the next token, (B, V) in float32."""
+        if not self.pending:
+            self.pending = list(self.read().float().unbind(1))
+        return self.pending.pop(0)
 
-def choose(logits, decode, temperature, top_k, top_p, generator):
-    """The next token, (B), by any decoder but beam search: logits (B, V)."""
-    if decode in ("greedy", "beam") or temperature == 0:
-        return logits.argmax(-1)
-    logits = (logits - logits.amax(-1, keepdim=True)) / max(temperature, 1e-30)  # tiny temperatures must not give NaN
-    ids = torch.arange(logits.size(-1), device=logits.device).expand_as(logits)
-    top_k = 50 if decode == "top-k" and top_k is None else top_k
-    if top_k is not None:
-        logits, ids = logits.topk(min(top_k, logits.size(-1)))  # exactly k, also where logits are equal
-    top_p = {"nucleus": 0.95}.get(decode, 1.0) if top_p is None else top_p
-    # Nucleus without sorting: draw from all tokens. If those before the drawn one have a mass of top_p, it is outside
-    # the nucleus, and so is all that is less probable: draw again from those before it.
-    limit, weights = max(top_p, 1e-9) if top_p < 1 else math.inf, logits.softmax(-1)
-    outside, drawn = torch.ones_like(ids[:, :1], dtype=torch.bool), 0  # (B, 1)
-    while outside.any():
-        cdf = weights.cumsum(-1)
-        u = torch.rand(outside.shape, generator=generator, device=cdf.device)
-        drawn = torch.searchsorted(cdf, u * cdf[:, -1:], right=True).where(outside, drawn)
-        weight, token = weights.gather(1, drawn), ids.gather(1, drawn)
-        before = (weights > weight) | ((weights == weight) & (ids < token))  # the order of a stable sort
-        outside = (weights * before).sum(-1, keepdim=True) >= limit
-        weights = weights.where(before | ~outside, 0)
-    return token[:, 0]
-
-
-def beam_search(model, idx, max_new_tokens, width, length_penalty, eot, use_cache):
-    """The best hypothesis for each prompt of idx (B, T), of `width` kept at every step (Graves 2012, algorithm 1).
-
-    score = sum of the log-probabilities / (generated length ** length_penalty), end of text counted. A hypothesis is
-    finished at end of text, if it is among the `width` best, or at max_new_tokens. The search ends when no running
-    hypothesis can still beat the best finished one."""
-    B, T = idx.shape
-    context = Context(model, idx.repeat_interleave(width, 0), use_cache)
-    scores = torch.full((B, width), -math.inf, device=idx.device)  # summed log-probabilities of running hypotheses
-    scores[:, 0] = 0.0  # the hypotheses of a prompt are equal at first: only one counts
-    finished = [(-math.inf, idx[b, :0]) for b in range(B)]  # (score, tokens) of the best one of each prompt
-    first_row = torch.arange(B, device=idx.device)[:, None] * width  # of each prompt's hypotheses in the batch
-    for length in range(1, max_new_tokens + 1):
-        logits = context.logits()  # (B * width, V)
-        # Twice the width: even if the `width` best candidates all ended, `width` others remain.
-        likely, tokens = logits.topk(min(2 * width, logits.size(-1)))  # of each hypothesis, then of each prompt
-        logp = scores.view(-1, 1) + likely - logits.logsumexp(-1, keepdim=True)
-        best, where = logp.view(B, -1).topk(2 * width)
-        rows, tokens = first_row + where // likely.size(1), tokens.view(B, -1).gather(1, where)  # (B, 2 * width)
-        last = length == max_new_tokens
-        ends = torch.full_like(tokens, last, dtype=torch.bool) if eot is None or last else tokens == eot
-        for b, k in (ends[:, :width] & best[:, :width].isfinite()).nonzero().tolist():
-            score = best[b, k].item() / length**length_penalty
-            if score > finished[b][0]:
-                finished[b] = score, torch.cat([context.tokens[rows[b, k], T:], tokens[b, k, None]])
-        scores, keep = best.masked_fill(ends, -math.inf).topk(width)
-        reach = max_new_tokens if length_penalty > 0 else length  # the length at which a running hypothesis scores best
-        if last or all(scores[b, 0].item() / reach**length_penalty <= finished[b][0] for b in range(B)):
-            break
-        context.select(rows.gather(1, keep).flatten())
-        context.tokens = torch.cat([context.tokens, tokens.gather(1, keep).view(-1, 1)], dim=1)
-    return torch.nn.utils.rnn.pad_sequence([tokens for _, tokens in finished], batch_first=True, padding_value=eot or 0)
+    def read(self):
+        """Logits of the next `model.ahead` tokens, (B, ahead, V)."""
+        T = self.tokens.size(1)
+        block_size = self.model.cfg.block_size
+        if T - self.start > block_size:
+            # The window slides by a quarter. What is cached depends on the positions of tokens in
+            # the window, so the last three quarters are read again.
+            self.start = T - (block_size - block_size // 4)
+            self.cache = None
+        window = self.tokens[:, self.start :]
+        if self.cache is not None and self.use_cache:
+            return self.model(window[:, self.cache.length :], cache=self.cache)
+        # Equal texts are read once: at first, many samples of one prompt, and all of a beam.
+        distinct, rows = window.cpu().unique(dim=0, return_inverse=True)
+        self.cache = self.model.new_cache(len(distinct))
+        logits = self.model(distinct.to(window.device), cache=self.cache)
+        self.cache.select(rows)
+        return logits[rows]
 
 
 @torch.no_grad()
@@ -155,27 +203,26 @@ def generate(
     use_cache=True,
     callback=None,  # called with each new token (B) as soon as it is known; not with beam search
 ):
-    """Continues the prompts; returns the new tokens (B, n), n <= max_new_tokens. Cuts long prompts as `crop` does, and
-    puts the model in eval mode. Raises ValueError for arguments out of range."""
-    if decode not in DECODERS:
-        raise ValueError(f"decode {decode!r} is invalid: choose one of {', '.join(DECODERS)}")
+    """Continues prompts. Returns the new tokens (B, n), n <= max_new_tokens, without the prompts.
+    Cuts long prompts, as `crop` says, and puts the model into eval mode."""
     if idx.dim() != 2 or idx.numel() == 0:
-        raise ValueError(f"idx has shape {tuple(idx.shape)}: expected (B, T), B prompts of T token ids each")
-    few = min(max_new_tokens + 1, beam_width, 1 if top_k is None else top_k) < 1
-    if few or not 0 <= temperature < math.inf or not 0 <= (top_p or 0) <= 1:
-        raise ValueError("temperature and max_new_tokens must be >= 0, beam_width and top_k >= 1, top_p in [0, 1]")
+        raise UserError(f"idx has shape {tuple(idx.shape)}: expected (B, T), B prompts of T tokens")
+    if decode not in DECODERS:
+        raise UserError(f"decode {decode!r} is invalid: choose one of {', '.join(DECODERS)}")
+    check_options(dict(temperature=temperature, top_k=top_k, top_p=top_p), DECODERS)
+    if eot is None:
+        eot = -1  # which no token is
     idx = crop(idx, model.cfg.block_size, max_new_tokens)
     model.eval()
     if decode == "beam" and beam_width > 1:
         return beam_search(model, idx, max_new_tokens, beam_width, length_penalty, eot, use_cache)
     context = Context(model, idx, use_cache)
-    ended = torch.zeros(len(idx), dtype=torch.bool, device=idx.device)
+    ended = torch.zeros_like(idx[:, 0], dtype=torch.bool)  # (B)
     for _ in range(max_new_tokens):
-        token = choose(context.logits(), decode, temperature, top_k, top_p, generator)
-        if eot is not None:
-            token = token.masked_fill(ended, eot)
-            ended = token == eot
-        context.tokens = torch.cat([context.tokens, token[:, None]], dim=1)
+        token = choose(context.logits(), decode, temperature, top_k, top_p, generator)  # (B)
+        token = token.masked_fill(ended, eot)
+        ended = token == eot
+        context.append(token)
         if callback:
             callback(token)
         if ended.all():
@@ -183,178 +230,350 @@ def generate(
     return context.tokens[:, idx.size(1) :]
 
 
+def beam_search(model, idx, max_new_tokens, width, length_penalty, eot, use_cache):
+    """The best hypothesis for each prompt of idx (B, T) (Graves 2012, algorithm 1). A hypothesis is
+    a text of which the log-probability is known. At every step, `width` are kept.
+
+    score = log-probability / (generated length ** length_penalty), where end of text counts. A
+    hypothesis is finished at end of text, if it is one of the `width` best, or at max_new_tokens.
+    """
+    B, T = idx.shape
+    context = Context(model, idx.repeat_interleave(width, 0), use_cache)  # B * width texts
+    first_row = torch.arange(0, B * width, width, device=idx.device)[:, None]  # of each prompt
+    logp = torch.full((B, width), -math.inf, device=idx.device)  # of the hypotheses
+    logp[:, 0] = 0.0  # at first the hypotheses of a prompt are equal: only one counts
+    best_score = [-math.inf] * B  # of the finished hypotheses
+    best_tokens = list(idx[:, :0])  # B texts without tokens
+
+    for length in range(1, max_new_tokens + 1):
+        # The candidates: of each hypothesis, then of each prompt, the 2 width best. Even if
+        # `width` of them end, `width` remain. The first choice makes the second one faster.
+        logits = context.logits()  # (B * width, V)
+        likely, ids = logits.topk(min(2 * width, logits.size(-1)))  # (B * width, k)
+        longer = logp.view(-1, 1) + likely - logits.logsumexp(-1, keepdim=True)
+        candidates, place = longer.view(B, -1).topk(2 * width)  # (B, 2 width), the best first
+        rows = first_row + place // likely.size(1)  # the hypotheses that they continue
+        tokens = ids.view(B, -1).gather(1, place)
+
+        # Which of them are finished?
+        ends = (tokens == eot) | (length == max_new_tokens)  # (B, 2 width)
+        for b, i in ends[:, :width].nonzero().tolist():
+            score = candidates[b, i].item() / length**length_penalty
+            if score > best_score[b]:
+                best_score[b] = score
+                best_tokens[b] = torch.cat([context.tokens[rows[b, i], T:], tokens[b, i, None]])
+
+        # The best of all that go on. A log-probability is negative and can only fall. So the best
+        # score that it can reach is at the greatest length, or with a penalty <= 0 at this one.
+        logp, keep = candidates.masked_fill(ends, -math.inf).topk(width)
+        reach = max_new_tokens if length_penalty > 0 else length
+        possible = [total / reach**length_penalty for total in logp[:, 0].tolist()]
+        if all(score <= best for score, best in zip(possible, best_score)):
+            break
+        context.select(rows.gather(1, keep).flatten())
+        context.append(tokens.gather(1, keep).flatten())
+    return torch.nn.utils.rnn.pad_sequence(best_tokens, batch_first=True, padding_value=eot)
+
+
+# --- how blanks are filled in, by a network of scratch_former.py
+
+BLANK = "<blank>"  # in a prompt: one token (masked), or a text of any length (spans)
+
+
+def fill(model, idx, max_new_tokens=200, decode="greedy", **options):
+    """Fills in the blanks of texts idx (B, T). A blank is the id vocab_size; each text has as many.
+    Returns B lists of token ids. The options are those of `generate`. Raises UserError if there are
+    no blanks, or too many, if a text is too long, and for beam search of masked tokens."""
+    filled = fill_parts(model, idx, max_new_tokens, decode, **options)
+    return [[token for part in parts for token in part] for parts in filled]
+
+
 @torch.no_grad()
-def fill(model, idx, max_new_tokens=200, decode="greedy", temperature=1.0, top_k=None, top_p=None, **options):
-    """Fills blanks with a network of scratch_former.py for masked tokens or spans. idx is (B, T), the id vocab_size
-    for a blank, as many in each row; returns the B texts, lists of token ids. Masked tokens are chosen one after the
-    other, the most certain first, so that the next ones see it; spans are written by `generate`, in one text, with its
-    options. Raises ValueError for beam search of masked tokens, for no or too many blanks, and too long a text."""
-    blank, block_size = model.cfg.vocab_size, model.cfg.block_size
-    blanks = idx == blank
-    n = int(blanks[0].sum())
-    if n == 0 or (blanks.sum(1) != n).any():
-        raise ValueError("idx has no blanks, or not as many in each row")
-    if model.cfg.objective == "masked":
-        if decode not in DECODERS or decode == "beam":
-            raise ValueError(f"decode {decode!r} is invalid: masked tokens are chosen one at a time")
-        model.eval()
-        for _ in range(n):
-            logits = model(idx).float()  # (B, T, V)
-            certainty = logits.softmax(-1).amax(-1).masked_fill(idx != blank, -1)
-            where = certainty.argmax(1, keepdim=True)  # (B, 1)
-            logits = logits[torch.arange(len(idx), device=idx.device), where[:, 0]]
-            token = choose(logits, decode, temperature, top_k, top_p, options.get("generator"))
-            idx = idx.scatter(1, where, token[:, None])
-        return idx.tolist()
-    most = model.n_logits - blank - 1  # one sentinel ends the last span
-    if n > most or idx.size(1) >= block_size:
-        raise ValueError(f"{n} blanks in {idx.size(1)} tokens: at most {most} in {block_size - 1} can be filled")
-    source = F.pad(idx.where(~blanks, blank - 1 + blanks.cumsum(1)), (0, 1), value=blank)  # a sentinel for each blank
-    room = min(max_new_tokens, block_size - idx.size(1) - 1)
-    new = generate(model, source, room, decode, temperature, top_k, top_p, eot=blank + n, **options)
+def fill_parts(model, idx, max_new_tokens, decode, **options):
+    """Like `fill`, but each text is a list of parts, which are lists of token ids: what stands
+    before the first blank, what fills it, what stands between it and the second blank, ..."""
+    blank = model.cfg.vocab_size
+    n = (idx == blank).sum(1).tolist()  # (B), the numbers of blanks
+    if n[0] == 0 or len(set(n)) > 1:
+        raise UserError("idx has no blanks, or not as many in each row")
+    masked = model.cfg.objective == "masked"
+    longest = model.cfg.block_size - (not masked)  # spans need a sentinel after the text
+    if idx.size(1) > longest:
+        raise UserError(f"a text of {idx.size(1)} tokens: at most {longest} fit with blanks")
+    if masked:
+        written = fill_masked(model, idx, decode, **options)
+    else:
+        written = fill_spans(model, idx, max_new_tokens, decode, **options)
     filled = []
-    for prompt, row in zip(idx.tolist(), new.tolist()):
-        spans = [[]]
-        for token in row:  # a sentinel ends each span
-            spans[-1].append(token) if token < blank else spans.append([])
-        filled.append([t for token in prompt for t in ((spans or [[]]).pop(0) if token == blank else [token])])
+    for text, new in zip(idx.tolist(), written.tolist()):
+        # By turns: what stands in the text up to a blank, and what was written up to a sentinel.
+        turns = (iter(text), iter(new)) * (n[0] + 1)
+        parts = [list(takewhile(lambda token: token < blank, tokens)) for tokens in turns]
+        filled.append(parts[:-1])
     return filled
 
 
-def few_rows(self, x):
-    """What an nn.Linear computes on a CPU of one token in up to 32 texts, x (B, 1, C). There (W @ x.T).T can be three
-    times as fast as x @ W.T, and two rows faster than one: in float32 without AMX, in bfloat16 with it."""
-    B, T, _ = x.shape
-    if T > 1 or B > 32 or (x.dtype == torch.bfloat16) != torch.cpu.get_capabilities().get("amx_bf16", False):
-        return F.linear(x, self.weight, self.bias)
-    y = (self.weight @ F.pad(x[:, 0], (0, 0, 0, B == 1)).T).T[:B, None]  # (B, 1, out)
-    return y if self.bias is None else y + self.bias
+def fill_masked(model, idx, decode, use_cache=True, **options):
+    """The tokens for the n blanks of each text, each followed by the id of a blank, (B, 2 n).
+
+    One blank of a text is filled at a time: that of which the network is most certain, so that it
+    helps with the rest. There is no cache, as an encoder reads the whole text each time."""
+    if decode == "beam":
+        raise UserError(f"decode {decode!r} is invalid: masked tokens are chosen one at a time")
+    model.eval()
+    blanks = idx == model.cfg.vocab_size  # (B, T)
+    texts = torch.arange(len(idx), device=idx.device)  # (B)
+    new = idx.clone()
+    for _ in range(blanks[0].sum()):
+        logits = model(new).float()  # (B, T, V)
+        certainty = logits.softmax(-1).amax(-1)  # (B, T), the highest probability of a token
+        certainty = certainty.masked_fill(new != model.cfg.vocab_size, -1)  # blanks alone count
+        where = certainty.argmax(1)  # (B)
+        new[texts, where] = choose(logits[texts, where], decode, **options)
+    written = new[blanks].view(len(idx), -1, 1)  # (B, n, 1)
+    return F.pad(written, (0, 1), value=model.cfg.vocab_size).flatten(1)
+
+
+def fill_spans(model, idx, max_new_tokens, decode, **options):
+    """The spans for the blanks of each text, each followed by a sentinel, (B, n). The encoder reads
+    a text with a sentinel for each blank, and the decoder writes what belongs there. An example:
+
+        idx             for _ in _ :
+        encoder reads   for <0> in <1> :
+        decoder writes  <0> i <1> range ( 9 ) <2>       <0> is given, <2> ends the text
+    """
+    blank = model.cfg.vocab_size  # also the id of the first sentinel
+    blanks = (idx == blank).cumsum(1)  # (B, T): how many there are up to each position
+    n = blanks[0, -1].item()
+    most = model.n_logits - blank - 1  # one sentinel ends the text
+    if n > most:
+        raise UserError(f"{n} blanks: at most {most} can be filled")
+    source = torch.where(idx == blank, blank + blanks - 1, idx)
+    prompt = F.pad(source, (0, 1), value=blank)
+    room = min(max_new_tokens, model.cfg.block_size - prompt.size(1))
+    return generate(model, prompt, room, decode, eot=blank + n, **options)
+
+
+# --- checkpoints
 
 
 def load(ckpt, device="cpu"):
-    """(model, tokenizer) of a checkpoint: the Model of the file that wrote it, in eval mode, and a tiktoken.Encoding.
-    Raises FileNotFoundError or ValueError if there is none, if it is damaged, or does not fit today's model file."""
-    if Path(ckpt).is_dir():
-        inside = [shlex.quote(str(path)) for path in Path(ckpt).glob("*.pt")]
-        raise ValueError(f"{ckpt} is a folder. Checkpoints in it: {', '.join(sorted(inside)) or 'none'}")
+    """(model, tokenizer) of a checkpoint: the Model of the file that wrote it, in eval mode, and a
+    tiktoken.Encoding. Raises UserError if there is no such checkpoint, if it is damaged, or does
+    not fit today's model file."""
     state = read_checkpoint(ckpt)
+    name = state["model_file"]
+    # Whatever stands in a checkpoint, nothing but a model file beside this file is imported.
+    beside = Path(__file__).parent.glob("*.py")
+    files = [path.name for path in beside if "\n# --- training" in path.read_text("utf-8")]
+    if name not in files:
+        raise UserError(f"{ckpt} is of {name}, which is none of {', '.join(sorted(files))}")
+    module = importlib.import_module(name.removesuffix(".py"))
     try:
-        module = importlib.import_module(Path(state["model_file"]).stem)
-        model = module.Model(module.Config(**state["config"]))
+        cfg = module.Config(**state["config"])
+    except TypeError as e:
+        raise UserError(f"{ckpt} does not fit {name}: {e}") from e
+    model = module.Model(cfg)
+    try:
         model.load_state_dict(state["model"])
-        tokenizer = load_tokenizer(state["tokenizer"]["name"], state["tokenizer"]["ranks"])
-    except Exception as e:  # a Config from another version fails in as many ways as it has fields
-        raise ValueError(f"{ckpt} does not fit {state['model_file']}: {' '.join(str(e).split())[:300]}") from e
-    for layer in model.modules() if torch.device(device).type == "cpu" else ():
-        if type(layer) is torch.nn.Linear:
-            layer.forward = functools.partial(few_rows, layer)
+    except RuntimeError as e:
+        raise UserError(f"{ckpt} does not fit {name}: {e!r:.300}") from e
+    tokenizer = load_tokenizer(state["tokenizer"]["name"], state["tokenizer"]["ranks"])
     return model.to(device).eval(), tokenizer
 
 
-def printer(tokenizer, text):
-    """Returns a function that prints `text` and then a token (1) a call, each character when it is complete."""
+def few_rows(layer, x):
+    """What an nn.Linear computes, (B, T, out), of x (B, T, C). For one token in each of up to 32
+    texts, (W @ x.T).T can be three times as fast as x @ W.T, and two rows faster than one."""
+    B, T, _ = x.shape
+    if T > 1 or B > 32:
+        return F.linear(x, layer.weight, layer.bias)
+    rows = F.pad(x[:, 0], (0, 0, 0, B == 1))  # (B, C); a single row gets a row of zeros
+    y = (layer.weight @ rows.T).T[:B, None]  # (B, 1, out)
+    return y if layer.bias is None else y + layer.bias
+
+
+def use_few_rows(model):
+    """Makes the linear layers of a model on a CPU compute by `few_rows`, if that is faster for the
+    dtype of its weights: in float32 without AMX, in bfloat16 with it (results/speed.md)."""
+    amx = getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16", False)
+    for layer in model.modules():
+        if type(layer) is torch.nn.Linear and (layer.weight.dtype == torch.bfloat16) == amx:
+            layer.forward = functools.partial(few_rows, layer)
+
+
+# --- the command line
+
+DRAWING = ("top-k", "temperature", "nucleus")
+OPTIONS = {  # name: (type, least value, largest value, the decoders that use it, help)
+    "max_new_tokens": (int, 1, 10**9, tuple(DECODERS), "tokens to add (default: 200)"),
+    "num_samples": (int, 1, 10**6, DRAWING, "texts from one prompt, as one batch (default: 1)"),
+    "seed": (int, 0, 2**63 - 1, DRAWING, "of all that is drawn until the end (default: 1337)"),
+    "temperature": (float, 0, 1000, DRAWING, "(default: 0.7 with --decode temperature, else 1)"),
+    "top_k": (int, 1, 10**9, DRAWING, "tokens to keep (default: 50 with --decode top-k, else all)"),
+    "top_p": (float, 0, 1, DRAWING, "probability to keep (default: 0.95 with nucleus, else 1)"),
+    "beam_width": (int, 1, 10**4, ("beam",), "hypotheses of beam search (default: 4)"),
+    "length_penalty": (float, -10, 10, ("beam",), "power of the length (default: 1)"),
+}
+
+
+def check_options(options, decoders):
+    """Raises UserError for an option, {name: value}, out of its range or that no decoder uses."""
+    for name, value in options.items():
+        if value is None:  # not given
+            continue
+        _, least, largest, users, _ = OPTIONS[name]
+        option = f"--{name.replace('_', '-')}"
+        if not least <= value <= largest:
+            raise UserError(f"{option} {value}: {name} goes from {least:,} to {largest:,}")
+        if not set(users) & set(decoders):
+            problem = f"{option} has no effect with --decode {', '.join(decoders)}"
+            raise UserError(f"{problem}, only with {', '.join(users)}")
+
+
+def read_prompt(args):
+    """The prompt from the command line, a file or a pipe. None: the user is to be asked."""
+    if args.prompt is not None:
+        return args.prompt
+    try:
+        if args.prompt_file is not None:
+            return Path(args.prompt_file).read_text(encoding="utf-8")
+        if not sys.stdin.isatty():
+            return sys.stdin.read()
+    except UnicodeDecodeError as e:
+        raise UserError(f"{args.prompt_file or 'standard input'} is not UTF-8 text") from e
+
+
+def encode(prompt, tokenizer, blank):
+    """The token ids of a prompt, a list, with the id `blank` for each <blank>."""
+    if tokenizer.name != "bytes":  # a space is part of the token after it, which fills the blank
+        prompt = prompt.replace(f" {BLANK}", BLANK)
+    ids = []
+    for part in prompt.split(BLANK):
+        ids += [blank, *tokenizer.encode_ordinary(part)]  # special tokens are plain text
+    return ids[1:]
+
+
+def printer(tokenizer):
+    """A function that prints a token (1), each character as soon as it is complete."""
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def show(token):
-        nonlocal text
         if token.item() != tokenizer.eot_token:
-            text += decoder.decode(tokenizer.decode_single_token_bytes(token.item()))
-        print(text, end="", flush=True)
-        text = ""
+            data = tokenizer.decode_single_token_bytes(token.item())
+            print(decoder.decode(data), end="", flush=True)
 
     return show
 
 
+def answer(model, tokenizer, decoders, n_samples, options, prompt):
+    """Prints what each of the decoders makes of a prompt, and its speed."""
+    eot = tokenizer.eot_token
+    fills = not model.likelihood  # but continues a text
+    if fills != (BLANK in prompt):
+        raise UserError(f"{BLANK} has to be in a prompt if the network fills blanks, and only then")
+    ids = encode(prompt, tokenizer, blank=model.cfg.vocab_size)
+    idx = torch.tensor([ids or [eot]], device=options["generator"].device)  # (1, T)
+    if not fills:
+        idx = crop(idx, model.cfg.block_size, options["max_new_tokens"])
+
+    for decode in decoders:
+        if len(decoders) > 1:
+            print(f"--- {decode} ---")
+        B = n_samples if decode in DRAWING else 1
+        streams = B == 1 and decode != "beam" and not fills  # printed token by token
+        more = DECODERS[decode] | options
+        prompts = idx.expand(B, -1)  # (B, T)
+        start = time.perf_counter()
+        if fills:
+            texts = fill_parts(model, prompts, decode=decode, **more)
+        else:
+            if streams:
+                print(prompt, end="", flush=True)
+                more["callback"] = printer(tokenizer)
+            new = generate(model, prompts, decode=decode, eot=eot, **more)  # (B, n)
+            rows = (takewhile(lambda token: token != eot, row) for row in new.tolist())
+            texts = [[ids, list(row)] for row in rows]  # in parts, as `fill_parts` gives them
+        seconds = time.perf_counter() - start
+
+        for i, parts in enumerate(texts):
+            tokens = [token for part in parts for token in part if token != eot]
+            text = "" if streams else tokenizer.decode(tokens, errors="replace")
+            if B > 1:
+                text = f"[{i + 1}] {text}"
+            print(text, flush=True)
+        n = sum(len(part) for parts in texts for part in parts[1::2])  # tokens that are new
+        file = sys.stdout if len(decoders) > 1 else sys.stderr
+        print(f"({n} tokens, {n / seconds:,.1f} tokens/s)\n", file=file, flush=True)
+
+
 def run(args):
-    """Prints the samples of the chosen decoders for every prompt, and their speed."""
+    """Answers the prompt that was given or, at a terminal, one prompt after another."""
     device, dtype = choose_device(args.device, args.dtype)
     model, tokenizer = load(args.ckpt, device)
     model.to(dtype)
-    objective = getattr(model.cfg, "objective", "next")
-    blank, fills = model.cfg.vocab_size, objective != "next"
-    args.decode = args.decode or ("greedy" if fills else "nucleus")
-    chosen = [d for d in DECODERS if (objective, d) != ("masked", "beam")] if args.decode == "all" else [args.decode]
-    for name in OPTIONS.keys() & vars(args).keys():  # those that were given
-        if not set(OPTIONS[name]) & set(chosen):
-            option, users = f"--{name.replace('_', '-')}", ", ".join(OPTIONS[name])
-            raise ValueError(f"{option} has no effect with --decode {args.decode}, only with {users}")
-    generator = torch.Generator(device).manual_seed(getattr(args, "seed", 1337))
-    if args.prompt_file is not None:
-        args.prompt = Path(args.prompt_file).read_text(encoding="utf-8")
-    elif args.prompt is None and not sys.stdin.isatty():
-        args.prompt = sys.stdin.read()
-    eot, session = tokenizer.eot_token, iter(lambda: input("prompt (Ctrl-D ends)> "), None)
-    for prompt in session if args.prompt is None else [args.prompt]:
-        if fills != (BLANK in prompt):
-            does = "fills blanks: the prompt needs a" if fills else "continues a text: it cannot fill a"
-            raise ValueError(f"{args.ckpt} {does} {BLANK}")
-        if fills and tokenizer.n_vocab > 257:  # a space belongs to the token after it, unless tokens are bytes
-            prompt = prompt.replace(f" {BLANK}", BLANK)
-        parts = [tokenizer.encode_ordinary(part) for part in prompt.split(BLANK)]  # special tokens are plain text
-        ids = parts[0] + [i for part in parts[1:] for i in (blank, *part)]
-        idx = torch.tensor([ids or [eot]], device=device)
-        idx = idx if fills else crop(idx, model.cfg.block_size, args.max_new_tokens)
-        for decode in chosen:
-            options = {name: value for name, value in vars(args).items() if decode in OPTIONS.get(name, ())}
-            n_samples, _ = options.pop("num_samples", 1), options.pop("seed", None)
-            if decode == "temperature":
-                options.setdefault("temperature", 0.7)
-            streams = n_samples == 1 and decode != "beam" and not fills
-            if args.decode == "all":
-                print(f"--- {decode} ---")
-            options |= dict(generator=generator, use_cache=not args.no_cache)
-            start = time.perf_counter()
-            if fills:
-                rows = fill(model, idx.expand(n_samples, -1), args.max_new_tokens, decode, **options)
-            else:
-                options |= dict(eot=eot, callback=printer(tokenizer, prompt) if streams else None)
-                new = generate(model, idx.expand(n_samples, -1), args.max_new_tokens, decode, **options)
-                rows = [ids + (row[: row.index(eot)] if eot in row else row) for row in new.tolist()]
-            for i, row in enumerate(rows):
-                text = tokenizer.decode([token for token in row if token != eot], errors="replace")
-                print("" if streams else f"[{i + 1}] " * (n_samples > 1) + text, flush=True)
-            n = sum(len(row) - len(ids) + ids.count(blank) for row in rows)
-            file = sys.stdout if args.decode == "all" else sys.stderr
-            print(f"({n} tokens, {n / (time.perf_counter() - start):,.1f} tokens/s)\n", file=file, flush=True)
+    if device.type == "cpu":
+        use_few_rows(model)
+
+    decode = args.decode or ("nucleus" if model.likelihood else "greedy")
+    decoders = [decode]
+    if decode == "all":
+        decoders = list(DECODERS)
+        if not model.likelihood and model.cfg.objective == "masked":
+            decoders.remove("beam")  # masked tokens are chosen one at a time
+    options = {name: value for name, value in vars(args).items() if name in OPTIONS}
+    check_options(options, decoders)
+    options["generator"] = torch.Generator(device).manual_seed(options.pop("seed", 1337))
+    options["use_cache"] = not args.no_cache
+    n_samples = options.pop("num_samples", 1)
+
+    reply = functools.partial(answer, model, tokenizer, decoders, n_samples, options)
+    prompt = read_prompt(args)
+    if prompt is not None:
+        reply(prompt)
+        return
+    while True:
+        try:
+            reply(input("prompt (Ctrl-D ends)> "))
+        except UserError as e:
+            print(e)
+
+
+def make_parser():
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("sample.py", description=__doc__, formatter_class=raw)
+    parser.set_defaults(max_new_tokens=200)
+    parser.error = lambda text: sys.exit(f"sample.py: {text} (--help lists all options)")
+    add = parser.add_argument
+    add("--ckpt", default="out/gpt2/ckpt.pt", help="a checkpoint (default: %(default)s)")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--prompt", help=f"the text to continue, or with {BLANK} in it")
+    source.add_argument("--prompt-file", help="a UTF-8 text file with the prompt")
+    add("--decode", choices=(*DECODERS, "all"), help="(default: nucleus; greedy for blanks)")
+    for name, (kind, _, _, _, text) in OPTIONS.items():
+        add(f"--{name.replace('_', '-')}", type=kind, help=text, default=argparse.SUPPRESS)
+    add("--no-cache", action="store_true", help="read the whole text for every token: slower")
+    add("--device", default="auto", help="cpu, cuda, mps; auto: a CUDA GPU if there is one")
+    dtypes = ("auto", "float32", "bfloat16")
+    add("--dtype", choices=dtypes, default="auto", help="auto: bfloat16 where it is fast")
+    return parser
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser("sample.py", description=__doc__, argument_default=argparse.SUPPRESS)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.error = lambda message: sys.exit(f"sample.py: {message} (--help lists all options)")
-    add = parser.add_argument
-    add("--ckpt", default="out/gpt2/ckpt.pt", help="checkpoint of any model file (default: %(default)s)")
-    source = parser.add_mutually_exclusive_group()
-    source.add_argument("--prompt", default=None, help=f"text to continue, or with {BLANK} to fill (default: stdin)")
-    source.add_argument("--prompt-file", default=None, help="UTF-8 text file that holds the prompt")
-    add("--decode", choices=(*DECODERS, "all"), default=None, help="(default: nucleus; greedy for blanks)")
-    add("--max-new-tokens", type=int, default=200, help="(default: %(default)s)")
-    add("--num-samples", type=int, help="samples of one prompt, drawn as one batch (default: 1)")
-    add("--temperature", type=float, help="(default: 0.7 with --decode temperature, 1 with top-k and nucleus)")
-    add("--top-k", type=int, help="tokens to keep (default: 50 with --decode top-k, otherwise all)")
-    add("--top-p", type=float, help="probability to keep (default: 0.95 with --decode nucleus, otherwise 1)")
-    add("--beam-width", type=int, help="hypotheses of beam search (default: 4)")
-    add("--length-penalty", type=float, help="beam search divides by length to this power (default: 1)")
-    add("--seed", type=int, help="of everything drawn until sample.py ends (default: 1337)")
-    add("--no-cache", action="store_true", default=False, help="compute all again for every token: same text, slower")
-    add("--device", default="auto", help="cpu, cuda, mps, ... (default: a CUDA GPU if there is one)")
-    add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="auto: bfloat16 where it is fast")
-    args = parser.parse_args(argv)
+    args = make_parser().parse_args(argv)
     try:
         run(args)
-    except EOFError:
+    except EOFError:  # Ctrl-D
         print()
     except KeyboardInterrupt:
         print(file=sys.stderr)
-        sys.exit(130)
-    except BrokenPipeError:  # as in `sample.py | head`; without this line Python complains again when it exits
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except UnicodeDecodeError:
-        sys.exit(f"sample.py: {args.prompt_file or 'standard input'} is not UTF-8 text")
-    except (ValueError, OSError, torch.OutOfMemoryError) as e:
+        sys.exit(130)  # as in a shell
+    except BrokenPipeError:  # as in `sample.py | head`; else Python complains when it exits
+        os._exit(0)
+    except (UserError, DataError, OSError, torch.OutOfMemoryError) as e:
         sys.exit(f"sample.py: {e}")
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")  # the terminal's encoding may lack characters of the vocabulary
+    sys.stdout.reconfigure(errors="replace")  # the terminal may lack characters of the vocabulary
     main()

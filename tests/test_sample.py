@@ -1,6 +1,8 @@
-"""Decoders agree with Hugging Face, exhaustive search and exact distributions; the command line does what it says."""
+"""Decoders agree with Hugging Face, with exhaustive search and with exact distributions; the
+command line does what it says."""
 
 import copy
+import inspect
 import io
 import itertools
 import math
@@ -8,11 +10,14 @@ import re
 import signal
 import subprocess
 import sys
+import textwrap
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import MODEL_FILES, ROOT, load, train
-from test_gpt2 import as_hugging_face, random_model
+import torch.nn.functional as F
+from conftest import FEW_LAYERS, MODEL_FILES, ROOT, load, train
+from test_gpt2 import as_hugging_face
 
 import gpt2
 import sample
@@ -20,235 +25,446 @@ import scratch_former
 from prepare_data import load_tokenizer
 
 
+@pytest.fixture(autouse=True)
+def no_test_draws_for_ever():
+    """Each token is drawn again until it is in the nucleus: if it never is, the test ends, too."""
+
+    def stop(*_):
+        raise TimeoutError("still running after 100 seconds")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(100)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
 def seeded(seed):
     return torch.Generator().manual_seed(seed)
 
 
-def tokens(*shape, vocab_size=12, seed=0):
+def random_ids(*shape, vocab_size=12, seed=0):
     return torch.randint(vocab_size, shape, generator=seeded(seed))
 
 
+@torch.no_grad()
+def add_noise(model, std):
+    for p in model.parameters():
+        p += std * torch.randn(p.shape)
+    return model.double().eval()
+
+
 def tiny(seed=0, **config):
-    """A GPT-2 whose most probable token of 12 has about half the mass. In float64, rounding decides no tie."""
-    config = {"vocab_size": 12, "block_size": 16, "n_layer": 1, "n_embd": 16, "n_head": 2, **config}
-    return random_model(seed, std=0.4, **config).double()
+    """A GPT-2 whose most probable token of 12 has about half the probability. In float64, so that
+    rounding never decides which of two tokens is the better one."""
+    config = dict(vocab_size=12, block_size=16, n_layer=1, n_embd=16, n_head=2) | config
+    torch.manual_seed(seed)
+    return add_noise(gpt2.Model(gpt2.Config(**config)), 0.4)
 
 
-@pytest.mark.parametrize("width, length_penalty", [(1, 1.0), (3, 0.0), (3, 1.0), (3, 2.0), (5, 1.0)])
+class Table(torch.nn.Module):
+    """A network that looks at the last token alone: row i of `probs` (V, V) is what follows i."""
+
+    ahead = 1
+    cfg = SimpleNamespace(block_size=100)
+
+    def __init__(self, probs):
+        super().__init__()
+        self.logits = torch.tensor(probs).log()
+
+    def new_cache(self, batch_size):
+        return SimpleNamespace(length=0, select=lambda rows: None)
+
+    def forward(self, idx, cache):
+        cache.length += idx.size(1)
+        return self.logits[idx[:, -1:]]
+
+
+def assert_drawn_with(p, counts, n):
+    """counts (..., V) of n draws each agree with the probabilities p. By Bernstein's inequality,
+    one count in a million is further away than this. What has probability 0 is never drawn."""
+    bound = 5.4 * (n * p * (1 - p)).sqrt() + 4.8
+    assert (counts[p == 0] == 0).all()
+    assert (abs(counts - n * p) <= bound).all()
+
+
+# --- greedy and beam search
+
+
+@pytest.mark.parametrize(
+    "width, length_penalty", [(1, 1.0), (3, 0.0), (3, 1.0), (3, 2.0), (5, 1.0)]
+)
 def test_greedy_and_beam_search_equal_hugging_face_token_for_token(width, length_penalty):
-    """Greedy is also what a beam of width 1 gives, and what drawing gives at a temperature of 0, or almost 0."""
-    theirs = dict(num_beams=width, early_stopping="never", length_penalty=length_penalty, do_sample=False)
+    """Greedy is also what a beam of width 1 gives, and what drawing gives at a temperature of 0, or
+    almost 0."""
     ended_early = 0
     for seed, end in itertools.product(range(12), (False, True)):
         V = [6, 12, 30][seed % 3]
-        model, eot, idx = tiny(seed, vocab_size=V), V - 1, tokens(1 + seed % 2, 1 + seed % 5, vocab_size=V, seed=seed)
-        model.wte.weight.data[eot] *= 3  # often the best token or the worst: some rows end early
-        theirs |= dict(max_new_tokens=10, eos_token_id=eot if end else None, pad_token_id=eot)
-        new = as_hugging_face(model).generate(idx, attention_mask=torch.ones_like(idx), **theirs)[:, idx.size(1) :]
-        ours = dict(beam_width=width, length_penalty=length_penalty, eot=eot if end else None)
+        eot = V - 1
+        model = tiny(seed, vocab_size=V)
+        model.wte.weight.data[eot] *= 3  # often the best token, or the worst: some rows end early
+        idx = random_ids(1 + seed % 2, 1 + seed % 5, vocab_size=V, seed=seed)
+        expected = as_hugging_face(model).generate(
+            idx,
+            attention_mask=torch.ones_like(idx),
+            max_new_tokens=10,
+            do_sample=False,
+            num_beams=width,
+            early_stopping="never",
+            length_penalty=length_penalty,
+            eos_token_id=eot if end else None,
+            pad_token_id=eot,
+        )[:, idx.size(1) :]
+        options = dict(beam_width=width, length_penalty=length_penalty, eot=eot if end else None)
         for decode in sample.DECODERS if width == 1 else ["beam"]:
             temperature = (0, 1e-46, 1e-38, 1e-10)[seed % 4]
-            assert sample.generate(model, idx, 10, decode, temperature, **ours).equal(new)
-        ended_early += end and (new == eot).any().item()
+            assert sample.generate(model, idx, 10, decode, temperature, **options).equal(expected)
+        ended_early += end and (expected == eot).any().item()
     assert ended_early >= 4
 
 
 @torch.no_grad()
 def slow_search(model, text, n, width=1, eot=None, length_penalty=1.0):
-    """Beam search for the next n tokens of a text (T), with a forward pass for every token: greedy if width is 1, and
-    exhaustive if it is V^n. A pass gives `model.ahead` tokens; a full window slides by a quarter."""
-    running, finished, start, T = [(0.0, text.tolist())], [], 0, len(text)
+    """Beam search for the next n tokens of a text (T), with a forward pass for every token. It is
+    greedy if width is 1, and exhaustive if it is V^n. A pass gives the logits of `model.ahead`
+    tokens. A window that is full slides by a quarter."""
+    T = len(text)
+    running = [(0.0, text.tolist())]  # (log-probability, tokens)
+    finished = []
+    start = 0
     for i in range(n):
-        if i % model.ahead == 0 and T + i - start > model.cfg.block_size:
+        done = i % model.ahead  # tokens of the last pass
+        if done == 0 and T + i - start > model.cfg.block_size:
             start = T + i - model.cfg.block_size * 3 // 4
-        end = T + i - i % model.ahead
-        logits = model(torch.tensor([tokens[start:end] for _, tokens in running]))[:, -model.ahead :]
-        logp = logits[:, i % model.ahead].log_softmax(-1).tolist()
-        longer = [(score + p, [*old, v]) for (score, old), row in zip(running, logp) for v, p in enumerate(row)]
+        windows = torch.tensor([tokens[start : T + i - done] for _, tokens in running])
+        logp = model(windows)[:, -model.ahead :][:, done].log_softmax(-1).tolist()
+        longer = []
+        for (total, tokens), row in zip(running, logp):
+            longer += [(total + p, [*tokens, token]) for token, p in enumerate(row)]
         finished += [x for x in longer if x[1][-1] == eot]
         running = sorted((x for x in longer if x[1][-1] != eot), reverse=True)[:width]
-    return max(running + finished, key=lambda x: x[0] / (len(x[1]) - T) ** length_penalty)[1][T:]
+    best = max(running + finished, key=lambda x: x[0] / (len(x[1]) - T) ** length_penalty)
+    return best[1][T:]
 
 
 @pytest.mark.parametrize("eot, length_penalty", [(None, 1.0), (0, 0.0), (0, 1.0), (0, 2.0)])
 def test_a_beam_that_is_wide_enough_finds_what_exhaustive_search_finds(eot, length_penalty):
+    options = dict(length_penalty=length_penalty, eot=eot)
     for seed in range(8):
-        model, idx = tiny(seed, vocab_size=4), tokens(2, 5, vocab_size=4, seed=seed)
-        new = sample.generate(model, idx, 4, "beam", beam_width=64, length_penalty=length_penalty, eot=eot)
-        best = [slow_search(model, prompt, 4, 256, eot, length_penalty) for prompt in idx]
+        model = tiny(seed, vocab_size=4)
+        idx = random_ids(2, 5, vocab_size=4, seed=seed)
+        new = sample.generate(model, idx, 4, "beam", beam_width=64, **options)
+        best = [slow_search(model, text, 4, 256, **options) for text in idx]
         assert new.tolist() == [row + [eot] * (new.size(1) - len(row)) for row in best]
+
+
+def test_a_hypothesis_ends_only_if_it_is_among_the_best_of_the_beam():
+    """End of text, 2, comes third. It is better than every longer text, but a beam of 2 must not
+    take it, and a beam of 3 must."""
+    model = Table([[0.35, 0.33, 0.32], [0.35, 0.33, 0.32], [0.4, 0.4, 0.2]])
+    model.logits[1] = torch.tensor([0.5, 0.3, 0.2]).log()  # the prompt is token 1
+    prompt = torch.tensor([[1]])
+    options = dict(length_penalty=0.0, eot=2)
+    assert sample.generate(model, prompt, 2, "beam", beam_width=2, **options).tolist() == [[0, 0]]
+    assert sample.generate(model, prompt, 2, "beam", beam_width=3, **options).tolist() == [[2]]
+
+
+# --- the cache, the window, the prompt
 
 
 @pytest.mark.parametrize("name", MODEL_FILES)
 def test_cached_uncached_and_plain_forward_passes_give_the_same_text_while_the_window_slides(name):
     module = load(name)
     block_size = max(32, 2 * getattr(module.Config, "ahead", 1))
+    config = dict(vocab_size=12, block_size=block_size, n_embd=24, n_layer=FEW_LAYERS[name])
+    if hasattr(module.Config, "n_head"):
+        config["n_head"] = 2
     torch.manual_seed(0)
-    model = module.Model(module.Config(vocab_size=12, block_size=block_size, n_embd=24, n_head=2)).double().eval()
-    for p in model.parameters():
-        p.data += 0.2 * torch.randn(p.shape)
-    idx, n = tokens(2, block_size * 3 // 4), block_size * 7 // 8
+    model = add_noise(module.Model(module.Config(**config)), 0.2)
+    idx = random_ids(2, block_size * 3 // 4)
+    n = block_size * 7 // 8
 
     def both(prompts, **options):
         options |= dict(max_new_tokens=n, beam_width=4)
         new = sample.generate(model, prompts, **options, generator=seeded(0))
-        assert new.equal(sample.generate(model, prompts, **options, generator=seeded(0), use_cache=False))
+        plain = sample.generate(model, prompts, **options, generator=seeded(0), use_cache=False)
+        assert new.equal(plain)
         return new.tolist()
 
     for decode in sample.DECODERS:
         free = both(idx, decode=decode)
         if decode in ("greedy", "beam"):
-            assert free == [slow_search(model, row, n, 4 if decode == "beam" else 1) for row in idx]
+            width = 4 if decode == "beam" else 1
+            assert free == [slow_search(model, row, n, width) for row in idx]
         both(idx, decode=decode, eot=free[0][3])
-        both(idx[:1].expand(3, -1), decode=decode)  # equal rows are computed once
+        both(idx[:1].expand(3, -1), decode=decode)  # equal rows are read once
 
 
 def test_a_cached_step_computes_new_tokens_only_and_equal_prompts_once():
-    model, idx, shapes = tiny(), tokens(1, 3).expand(2, -1), []
+    model = tiny()
+    shapes = []
     model.register_forward_pre_hook(lambda model, args: shapes.append(tuple(args[0].shape)))
-    for use_cache in (True, False):
-        sample.generate(model, idx, 3, "nucleus", generator=seeded(1), use_cache=use_cache)
-    assert shapes == [(1, 3), (2, 1), (2, 1), (1, 3), (2, 4), (2, 5)]
+    idx = random_ids(1, 3).expand(2, -1)
+    sample.generate(model, idx, 3, "nucleus", generator=seeded(1))
+    assert shapes == [(1, 3), (2, 1), (2, 1)]
+    shapes.clear()
+    sample.generate(model, idx, 3, "nucleus", generator=seeded(1), use_cache=False)
+    assert shapes == [(1, 3), (2, 4), (2, 5)]
 
 
 def test_a_long_prompt_keeps_what_leaves_room_for_the_new_tokens(capsys):
-    model, text = tiny(), tokens(33)
+    model = tiny()
+    text = random_ids(33)
     for T, n, kept in ((16, 9, 16), (17, 1, 15), (33, 2, 14), (33, 4, 12), (33, 40, 12)):
         new = sample.generate(model, text[None, :T], n)[0].tolist()
         assert new == slow_search(model, text[T - kept : T], n)
         assert (f"first {T - kept} tokens" in capsys.readouterr().err) == (T > 16)
 
 
-# --- blanks
+def test_dropout_is_off_and_no_token_is_a_possible_number_of_new_tokens():
+    model = tiny(dropout=0.5)
+    idx = random_ids(2, 3)
+    assert sample.generate(model, idx, 12).equal(sample.generate(model.train(), idx, 12))
+    assert not model.training
+    for decode in sample.DECODERS:
+        assert sample.generate(model, idx, 0, decode).shape == (2, 0)
 
 
-def for_blanks(objective, seed=0):
-    """A network of scratch_former.py with peaked distributions, in float64, which takes up to two spans."""
-    torch.manual_seed(seed)
-    cfg = dict(vocab_size=5, block_size=16, n_layer=1, n_embd=16, n_head=2, n_ff=32, hide=0.4, objective=objective)
-    model = scratch_former.Model(scratch_former.Config(**cfg)).double().eval()
-    for p in model.parameters():
-        p.data += 0.5 * torch.randn(p.shape)
-    return model
+def test_arguments_out_of_range_are_refused_by_name():
+    model = tiny()
+    idx = random_ids(2, 3)
+    wrong = [{"temperature": value} for value in (-1.0, math.nan, math.inf)]
+    wrong += [{"top_p": 1.5}, {"top_p": -0.1}]
+    for option in wrong:
+        with pytest.raises(gpt2.UserError, match=f"{next(iter(option))} goes from 0 to"):
+            sample.generate(model, idx, 4, "nucleus", **option)
+    with pytest.raises(gpt2.UserError, match=r"'beams'.*greedy, beam, top-k, temperature, nucleus"):
+        sample.generate(model, idx, 4, "beams")
+    for shape in ((3,), (2, 0)):
+        with pytest.raises(gpt2.UserError, match=r"\(B, T\)"):
+            sample.generate(model, torch.zeros(shape, dtype=torch.long), 4)
 
 
-@torch.no_grad()
-def test_greedy_and_beam_search_for_spans_equal_a_brute_force_search():
-    """Two blanks: their sentinels are 5 and 6, and 7 ends the second span."""
-    prompt, outcomes = torch.tensor([[1, 5, 2, 3, 5, 0]]), set()
-    for seed, penalty in itertools.product(range(6), (0.0, 1.0)):
-        model = for_blanks("spans", seed)
-        source = model.run(model.encoder, torch.tensor([[1, 5, 2, 3, 6, 0]]), causal=False)
-
-        def logp(texts, model=model, source=source):  # of the tokens after 5 and of what follows, (B, T + 1, V)
-            idx = torch.tensor([[5, *text] for text in texts])
-            memory = [block.cross.keys_and_values(source.expand(len(idx), -1, -1)) for block in model.h]
-            return model.head(model.run(model.h, idx, True, memory=memory))[..., :8].log_softmax(-1)
-
-        scores, greedy = {}, []
-        for n in range(1, 5):  # all texts that end with 7, or have 4 tokens
-            texts = [t for t in itertools.product(range(8), repeat=n) if 7 not in t[:-1] and (n == 4 or t[-1] == 7)]
-            total = logp(texts)[:, :-1].gather(2, torch.tensor(texts)[:, :, None]).sum((1, 2)) / n**penalty
-            scores |= dict(zip(texts, total.tolist()))
-            greedy += [] if 7 in greedy else [logp([greedy])[0, -1].argmax().item()]
-        for decode, best in (("greedy", greedy), ("beam", max(scores, key=scores.get))):
-            spans = [[*map(int, part)] for part in re.split("[567]", "".join(map(str, best)))]
-            expected = [1, *spans[0], 2, 3, *(spans[1] if len(spans) > 1 else []), 0]
-            assert sample.fill(model, prompt, 4, decode, beam_width=400, length_penalty=penalty) == [expected]
-            outcomes.add(len(best))
-    assert len(outcomes) > 1
-
-
-@torch.no_grad()
-def test_masked_tokens_are_named_the_most_certain_first_and_impossible_prompts_are_refused():
-    orders = []
-    for seed, row in itertools.product(range(3), ([1, 5, 2, 5, 5, 0], [5, 3, 5, 0, 1, 5])):
-        model, text = for_blanks("masked", seed), list(row)
-        while 5 in text:
-            probs = model(torch.tensor([text]))[0].softmax(-1).tolist()
-            i = max((i for i, token in enumerate(text) if token == 5), key=lambda i: max(probs[i]))
-            text[i] = max(range(5), key=probs[i].__getitem__)
-            orders.append(i)
-        assert sample.fill(model, torch.tensor([row, row[::-1]]))[0] == text
-    assert any(a > b for a, b in itertools.pairwise(orders[:3]))
-    drawn = sample.fill(model, torch.tensor([row]).expand(200, -1), decode="top-k", top_k=2, generator=seeded(0))
-    assert 2 < len({tuple(text) for text in drawn}) <= 8
-    # The window of 16 has room for the source, the first sentinel and one token more: it must not slide.
-    assert len(sample.fill(for_blanks("spans"), torch.tensor([[5] + [1] * 13]))[0]) in (13, 14)
-    refused = [("masked", [5, 1], "beam", "one at a time"), ("masked", [2, 1], "greedy", "no blanks")]
-    refused += [
-        ("spans", [5, 5, 5], "greedy", "at most 2 in 15"),
-        ("spans", [5] + [1] * 15, "greedy", "at most 2 in 15"),
-    ]
-    for objective, prompt, decode, error in refused:
-        with pytest.raises(ValueError, match=error):
-            sample.fill(for_blanks(objective), torch.tensor([prompt]), decode=decode)
+# --- filters and draws
 
 
 def exact(logits, temperature=1.0, top_k=None, top_p=None):
     """The distribution to draw from, one id at a time: temperature, then top-k, then nucleus."""
     weights = [math.exp(x / temperature) for x in logits]
     kept = sorted(range(len(weights)), key=lambda i: -weights[i])[:top_k]
-    mass = [*itertools.accumulate(weights[i] for i in kept)]
-    kept = kept[: 1 + sum(m < top_p * mass[-1] for m in mass)] if top_p is not None else kept
+    if top_p is not None:
+        mass = [*itertools.accumulate(weights[i] for i in kept)]
+        kept = kept[: 1 + sum(m < top_p * mass[-1] for m in mass)]
     total = sum(weights[i] for i in kept)
     return [weights[i] / total if i in kept else 0.0 for i in range(len(weights))]
 
 
 def drawn(logits, n, top_k=None, top_p=None, temperature=1.0):
     """How often each id comes in n draws, (B, V)."""
-    ids = sample.choose(logits.repeat_interleave(n, 0), "temperature", temperature, top_k, top_p, seeded(0))
-    return torch.nn.functional.one_hot(ids.view(-1, n), logits.size(1)).sum(1)
+    rows = logits.repeat_interleave(n, 0)
+    ids = sample.choose(rows, "temperature", temperature, top_k, top_p, seeded(0))
+    return F.one_hot(ids.view(-1, n), logits.size(1)).sum(1)
 
 
-def test_the_filters_equal_a_loop_over_ids_and_keep_exactly_what_they_should():
-    logits, n = 2 * torch.randn(20, 10, generator=seeded(0)), 10_000
-    for values in itertools.product((0.5, 1.0, 2.0), (None, 1, 3, 50), (None, 0.0, 0.3, 0.9, 1.0)):
-        filters = dict(zip(("temperature", "top_k", "top_p"), values))
-        p, counts = torch.tensor([exact(row, **filters) for row in logits.tolist()]), drawn(logits, n, **filters)
-        bound = (5.4 * (n * p * (1 - p)).sqrt() + 4.8) * (p > 0)  # Bernstein's inequality: one in a million is beyond
-        assert (abs(counts - n * p) <= bound + 1e-3).all(), filters
-    for k, ties in itertools.product((1, 2, 5, 8, 9), (torch.zeros(1, 8), torch.tensor([[1.0, 2, 2, 2, 2, 2, 0, 0]]))):
-        assert (drawn(ties, n, top_k=k) > 0).sum() == min(k, 8)
-    assert (drawn(torch.zeros(1, 8), n, top_p=0.3) > 0).sum() == 3  # 3/8 is the smallest mass that reaches it
-    assert (drawn(torch.zeros(1, 600), 20_000, top_p=0.75) > 0).sum() == pytest.approx(450, abs=1)
+def test_the_filters_equal_a_loop_over_ids():
+    logits = 2 * torch.randn(20, 10, generator=seeded(0))
+    n = 10_000
+    names = ("temperature", "top_k", "top_p")
+    for values in itertools.product((0.5, 2.0), (None, 1, 3, 50), (None, 0.0, 0.3, 0.9, 1.0)):
+        filters = dict(zip(names, values))
+        p = torch.tensor([exact(row, **filters) for row in logits.tolist()])
+        assert_drawn_with(p, drawn(logits, n, **filters), n)
 
 
-CASES = [("temperature", {}), ("temperature", {"temperature": 0.5}), ("top-k", {}), ("top-k", {"temperature": 2.0})]
-CASES += [("top-k", {"top_k": 9, "top_p": 0.8}), ("nucleus", {}), ("nucleus", {"temperature": 1.5, "top_k": 9})]
-CASES += [("greedy", {}), ("beam", {"beam_width": 3, "length_penalty": 0.5})]
-
-
-@pytest.mark.parametrize("decode, options", CASES[:-2])
-def test_draws_have_the_exact_distribution(decode, options):
-    filters = {**{"top-k": {"top_k": 50}, "nucleus": {"top_p": 0.95}}.get(decode, {}), **options}
-    model, prompt, n = tiny(1, vocab_size=60), tokens(1, 4, vocab_size=60), 20_000
-    new = sample.generate(model, prompt.expand(n, -1), 1, decode, generator=seeded(0), **options)[:, 0]
-    for count, p in zip(torch.bincount(new, minlength=60).tolist(), exact(model(prompt)[0, -1].tolist(), **filters)):
-        bound = 5.4 * math.sqrt(n * p * (1 - p)) + 4.8  # Bernstein's inequality: exceeded once in a million counts
-        assert abs(count - n * p) <= (bound if p > 0 else 0)  # what a filter took out is never drawn
-
-
-def test_dropout_is_off_equal_logits_and_arguments_out_of_range():
-    model, idx = tiny(dropout=0.5), tokens(2, 3)
-    assert sample.generate(model, idx, 12).equal(sample.generate(model.train(), idx, 12))
-    assert all(sample.generate(model, idx, 0, decode).shape == (2, 0) for decode in sample.DECODERS)
-    temperatures = [{"temperature": value} for value in (-1.0, math.nan, math.inf)]
-    for wrong in [*temperatures, {"top_p": 1.5}, {"top_p": -0.1}, {"top_k": 0}]:
-        with pytest.raises(ValueError, match=next(iter(wrong))):
-            sample.generate(model, idx, 4, "nucleus", **wrong)
-    for shape in ((3,), (2, 0)):
-        with pytest.raises(ValueError, match=r"expected \(B, T\)"):
-            sample.generate(model, torch.zeros(shape, dtype=torch.long), 4)
+def test_equally_probable_tokens_are_kept_up_to_exactly_k_or_p():
+    flat = torch.zeros(1, 8)
+    steps = torch.tensor([[1.0, 2, 2, 2, 2, 2, 0, 0]])
+    for k, logits in itertools.product((1, 2, 5, 8, 9), (flat, steps)):
+        assert (drawn(logits, 10_000, top_k=k) > 0).sum() == min(k, 8)
+    assert (drawn(flat, 10_000, top_p=0.3) > 0).sum() == 3  # 3/8 is the first sum that reaches 0.3
+    many = drawn(torch.zeros(1, 600), 20_000, top_p=0.75)
+    assert (many > 0).sum() == pytest.approx(450, abs=1)
+    model = tiny()
     torch.nn.init.zeros_(model.wte.weight)  # all logits are equal
-    assert sample.generate(model, idx, 12, "nucleus", temperature=0).equal(sample.generate(model, idx, 12))
+    idx = random_ids(2, 3)
+    greedy = sample.generate(model, idx, 12)
+    assert sample.generate(model, idx, 12, "nucleus", temperature=0).equal(greedy)
+
+
+def test_the_nucleus_is_that_of_the_textbook_in_the_docstring():
+    lines = inspect.getdoc(sample.draw_from_nucleus).splitlines()
+    textbook = textwrap.dedent("\n".join(line for line in lines if line.startswith("    ")))
+    assert textbook.count("\n") == 4
+    logits = 2 * torch.randn(6, 10, generator=seeded(3))
+    logits[0] = 0.0
+    probs = logits.softmax(-1)
+    ids = torch.stack([torch.randperm(10, generator=seeded(i)) for i in range(6)]) + 100
+    ids[0] = ids[0].sort().values  # of equally probable tokens, the one with the lower id is first
+    n = 20_000
+    for top_p in (0.25, 0.55, 0.85, 0.99):
+        names = dict(torch=torch, probs=probs, ids=ids, top_p=top_p, generator=seeded(0))
+        exec(textbook, names)
+        assert names["token"].shape == (6,)
+        cut = names["sorted_probs"] / names["sorted_probs"].sum(-1, keepdim=True)
+        p = torch.zeros(6, 10).scatter(1, ids.gather(1, names["order"]) - 100, cut)
+        rows = [x.repeat_interleave(n, 0) for x in (probs, ids)]
+        token = sample.draw_from_nucleus(*rows, top_p, seeded(0))
+        assert_drawn_with(p, F.one_hot(token.view(6, n) - 100, 10).sum(1), n)
+
+
+CASES = [
+    ("greedy", {}),
+    ("beam", {"beam_width": 3, "length_penalty": 0.5}),
+    ("temperature", {}),
+    ("temperature", {"temperature": 0.5}),
+    ("top-k", {"temperature": 2.0}),
+    ("top-k", {"top_k": 9, "top_p": 0.8}),
+    ("nucleus", {}),
+]
+
+
+@pytest.mark.parametrize(
+    "decode, options, filters",
+    [
+        ("top-k", {}, {"top_k": 50}),
+        ("nucleus", {}, {"top_p": 0.95}),
+        ("nucleus", {"temperature": 1.5, "top_k": 9}, {"top_p": 0.95}),
+    ],
+)
+@torch.no_grad()
+def test_draws_have_the_exact_distribution(decode, options, filters):
+    model = tiny(1, vocab_size=60)
+    prompt = random_ids(1, 4, vocab_size=60)
+    n = 20_000
+    new = sample.generate(model, prompt.expand(n, -1), 1, decode, generator=seeded(0), **options)
+    p = torch.tensor(exact(model(prompt)[0, -1].tolist(), **filters, **options))
+    assert_drawn_with(p, torch.bincount(new[:, 0], minlength=60), n)
+
+
+@torch.no_grad()
+def test_generate_draws_two_tokens_as_the_plain_loop_on_the_first_screen_does():
+    model = tiny(2, vocab_size=5)
+    prompt = random_ids(1, 4, vocab_size=5)
+    first = (model(prompt)[0, -1] / 0.8).softmax(-1)  # (V)
+    longer = torch.cat([prompt.expand(5, -1), torch.arange(5)[:, None]], dim=1)
+    second = (model(longer)[:, -1] / 0.8).softmax(-1)  # (V, V)
+    p = (first[:, None] * second).flatten()
+    n = 20_000
+    prompts = prompt.expand(n, -1)
+    torch.manual_seed(0)
+    plain = sample.plain_generate(model, prompts, 2, temperature=0.8)
+    assert plain[:, :4].equal(prompts)
+    fast = sample.generate(model, prompts, 2, "temperature", 0.8, generator=seeded(0))
+    for pair in (plain[:, 4:], fast):
+        assert_drawn_with(p, torch.bincount(pair[:, 0] * 5 + pair[:, 1], minlength=25), n)
+    cold = sample.plain_generate(model, prompt, 12, temperature=1e-4)
+    assert cold[:, 4:].equal(sample.generate(model, prompt, 12))
+
+
+# --- blanks
+
+
+def for_blanks(objective, seed=0):
+    """A network of scratch_former.py with peaked distributions, which takes up to two spans."""
+    config = dict(vocab_size=5, block_size=16, n_layer=1, n_embd=16, n_head=2, n_ff=32, hide=0.4)
+    torch.manual_seed(seed)
+    model = scratch_former.Model(scratch_former.Config(objective=objective, **config))
+    return add_noise(model, 0.5)
+
+
+@torch.no_grad()
+def test_greedy_and_beam_search_for_spans_equal_a_brute_force_search():
+    """Two blanks: the sentinels before their spans are 5 and 6, and 7 ends the second span."""
+    prompt = torch.tensor([[1, 5, 2, 3, 5, 0]])
+    lengths = set()
+    for seed, penalty in itertools.product(range(6), (0.0, 1.0)):
+        model = for_blanks("spans", seed)
+        source = model.run(model.encoder, torch.tensor([[1, 5, 2, 3, 6, 0]]), causal=False)
+
+        def logp(texts, model=model, source=source):
+            """Log-probabilities of the tokens after 5, and of what follows, (B, T + 1, V)."""
+            idx = torch.tensor([[5, *text] for text in texts])
+            encoded = source.expand(len(idx), -1, -1)
+            memory = [block.cross.keys_and_values(encoded) for block in model.h]
+            x = model.run(model.h, idx, True, memory=memory)
+            return model.lm_head(x)[..., :8].log_softmax(-1)
+
+        scores = {}  # of all texts that end with 7, or have 4 tokens
+        greedy = []
+        for n in range(1, 5):
+            texts = [text for text in itertools.product(range(8), repeat=n) if 7 not in text[:-1]]
+            if n < 4:
+                texts = [text for text in texts if text[-1] == 7]
+            of_tokens = logp(texts)[:, :-1].gather(2, torch.tensor(texts)[:, :, None])  # (B, n, 1)
+            scores |= dict(zip(texts, (of_tokens.sum((1, 2)) / n**penalty).tolist()))
+            if 7 not in greedy:
+                greedy.append(logp([greedy])[0, -1].argmax().item())
+        for decode, best in (("greedy", greedy), ("beam", max(scores, key=scores.get))):
+            spans = [[*map(int, span)] for span in re.split("[567]", "".join(map(str, best)))]
+            spans.append([])  # perhaps there is no second one
+            expected = [1, *spans[0], 2, 3, *spans[1], 0]
+            options = dict(beam_width=400, length_penalty=penalty)
+            assert sample.fill(model, prompt, 4, decode, **options) == [expected]
+            lengths.add(len(best))
+    assert len(lengths) > 1
+
+
+@torch.no_grad()
+def test_masked_tokens_are_chosen_the_most_certain_first():
+    order = []
+    for seed, row in itertools.product(range(3), ([1, 5, 2, 5, 5, 0], [5, 3, 5, 0, 1, 5])):
+        model = for_blanks("masked", seed)
+        text = list(row)
+        while 5 in text:
+            probs = model(torch.tensor([text]))[0].softmax(-1)  # (T, V)
+            blanks = [i for i, token in enumerate(text) if token == 5]
+            i = max(blanks, key=lambda i: probs[i].max())
+            text[i] = probs[i].argmax().item()
+            order.append(i)
+        assert sample.fill(model, torch.tensor([row, row[::-1]]))[0] == text
+    assert any(a > b for a, b in itertools.pairwise(order[:3]))  # not from left to right
+    prompts = torch.tensor([row]).expand(200, -1)
+    texts = sample.fill(model, prompts, decode="top-k", top_k=2, generator=seeded(0))
+    assert 2 < len({tuple(text) for text in texts}) <= 8
+
+
+def test_a_text_with_blanks_may_fill_the_window_but_not_more():
+    spans = for_blanks("spans")  # for the 16 positions: the text, a sentinel, and what is written
+    assert len(sample.fill(spans, torch.tensor([[5] + [1] * 13]))[0]) in (13, 14)
+    assert sample.fill(spans, torch.tensor([[5] + [1] * 14])) == [[1] * 14]
+    assert len(sample.fill(for_blanks("masked"), torch.tensor([[5] + [1] * 15]))[0]) == 16
+    refused = [
+        ("masked", [5] + [1] * 16, "greedy", "17 tokens: at most 16"),
+        ("spans", [5] + [1] * 15, "greedy", "16 tokens: at most 15"),
+        ("spans", [5, 5, 5], "greedy", "3 blanks: at most 2"),
+        ("masked", [5, 1], "beam", "one at a time"),
+        ("masked", [2, 1], "greedy", "no blanks"),
+    ]
+    for objective, prompt, decode, error in refused:
+        with pytest.raises(gpt2.UserError, match=error):
+            sample.fill(for_blanks(objective), torch.tensor([prompt]), decode=decode)
+    with pytest.raises(gpt2.UserError, match="not as many in each row"):
+        sample.fill(spans, torch.tensor([[5, 1], [5, 5]]))
+
+
+def test_a_space_before_a_blank_belongs_to_what_fills_it_unless_tokens_are_bytes(ckpt):
+    assert sample.encode("a <blank>b <blank>", load_tokenizer("bytes"), 7) == [97, 32, 7, 98, 32, 7]
+    _, tokenizer = sample.load(ckpt)
+    words = ("the model", "reads", " it")
+    a, b, c = (tokenizer.encode_ordinary(word) for word in words)
+    ids = sample.encode("the model <blank>reads<blank> it", tokenizer, 7)
+    assert ids == [*a, 7, *b, 7, *c]
+
+
+# --- checkpoints
 
 
 @pytest.fixture(scope="module")
 def ckpt(data, tmp_path_factory):
-    """A step of training writes the checkpoint; then weights so large that every token of a prompt matters."""
+    """A step of training writes it. Its weights become so large that every token matters, and end
+    of text comes now and then."""
     path = tmp_path_factory.mktemp("out") / "ckpt.pt"
-    train("gpt2", data, path.parent, "--block-size", 32, "--n-layer", 1, "--max-steps", 1)
+    train("gpt2", data, path.parent, "--block-size", 32, "--max-steps", 1)
     state = torch.load(path, weights_only=True)
     for w in state["model"].values():
         w.normal_(std=0.4, generator=seeded(w.numel()))
@@ -256,14 +472,125 @@ def ckpt(data, tmp_path_factory):
     return path
 
 
+def changed(ckpt, path, **values):
+    """Writes a copy of a checkpoint with other values, and returns its path."""
+    torch.save(torch.load(ckpt, weights_only=True) | values, path)
+    return path
+
+
+def test_a_checkpoint_imports_nothing_but_a_model_file_beside_sample_py(
+    ckpt, tmp_path, monkeypatch
+):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "payload.py").write_text("raise SystemExit('executed')", "utf-8")
+    banner = (ROOT / "gpt2.py").read_text("utf-8")
+    (tmp_path / "elsewhere.py").write_text(f"raise SystemExit('executed')\n{banner}", "utf-8")
+    names = ["payload.py", "this", "this.py", "elsewhere.py", f"{tmp_path}/elsewhere.py"]
+    names += ["../x.py", f"{ROOT}/gpt2.py", "./gpt2.py", "sample.py", "prepare_data.py", ""]
+    for name in names:
+        path = changed(ckpt, tmp_path / "named.pt", model_file=name)
+        with pytest.raises(gpt2.UserError) as e:
+            sample.load(path)
+        assert f"named.pt is of {name}" in str(e.value) and "gpt2.py" in str(e.value)
+    assert not {"payload", "this", "elsewhere"} & sys.modules.keys()
+
+
+def test_a_checkpoint_that_does_not_fit_is_one_line_but_a_mistake_in_the_network_is_not(
+    ckpt, tmp_path, monkeypatch
+):
+    state = torch.load(ckpt, weights_only=True)
+    (tmp_path / "text.pt").write_text("text")
+    changed(ckpt, tmp_path / "key.pt", config=state["config"] | {"no_such_field": 1})
+    changed(ckpt, tmp_path / "size.pt", config=state["config"] | {"n_embd": 24})
+    errors = {"text": "damaged", "key": "no_such_field", "size": "24"}
+    for name, error in errors.items():
+        with pytest.raises(gpt2.UserError, match=rf"{name}\.pt.*{error}") as e:
+            sample.load(tmp_path / f"{name}.pt")
+        assert "\n" not in str(e.value)
+    with pytest.raises(FileNotFoundError, match=r"none\.pt"):
+        sample.load(tmp_path / "none.pt")
+    for mistake in (TypeError, RuntimeError, ValueError):
+
+        def wrong(self, cfg, mistake=mistake):
+            raise mistake("of a student")
+
+        monkeypatch.setattr(gpt2.Model, "__init__", wrong)
+        with pytest.raises(mistake, match="of a student"):
+            sample.main(["--ckpt", str(ckpt), "--prompt", "the"])
+
+
+def linear_layers(model):
+    return [layer for layer in model.modules() if type(layer) is torch.nn.Linear]
+
+
+def capabilities(monkeypatch, amx):
+    """As if this CPU had AMX, or had not. Before 2.11, torch has no such function."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": amx}, raising=False)
+
+
+@pytest.mark.parametrize("amx", [False, True])
+def test_few_rows_are_used_where_they_are_faster_and_only_on_purpose(amx, ckpt, monkeypatch):
+    capabilities(monkeypatch, amx)
+    for dtype in (torch.float32, torch.bfloat16):
+        model = sample.load(ckpt)[0].to(dtype)
+        assert len(linear_layers(model)) == 4 + 1
+        assert not any("forward" in vars(layer) for layer in model.modules())
+        sample.use_few_rows(model)
+        used = ["forward" in vars(layer) for layer in linear_layers(model)]
+        assert used == [(dtype == torch.bfloat16) == amx] * 5
+    lora = load("progressive").LoRALinear  # a layer with a forward of its own
+    assert issubclass(lora, torch.nn.Linear) and type(lora) is not torch.nn.Linear
+
+
+def test_the_command_line_uses_few_rows(say, monkeypatch):
+    capabilities(monkeypatch, amx=False)
+    shapes = []
+    few_rows = sample.few_rows
+
+    def noted(layer, x):
+        shapes.append(x.shape[:2])
+        return few_rows(layer, x)
+
+    monkeypatch.setattr(sample, "few_rows", noted)
+    say("--prompt", "the", "--decode", "top-k", "--num-samples", 3)
+    assert (3, 1) in shapes
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_few_rows_are_as_exact_as_a_linear_layer_and_many_rows_are_one(dtype, monkeypatch):
+    calls = []
+    linear = F.linear
+
+    def noted(*args):
+        calls.append(args)
+        return linear(*args)
+
+    monkeypatch.setattr(F, "linear", noted)
+    shapes = [(1, 1), (8, 1), (32, 1), (33, 1), (1, 2), (2, 3)]
+    for shape, bias in itertools.product(shapes, (True, False)):
+        layer = torch.nn.Linear(96, 160, bias).to(dtype)
+        x = torch.randn(*shape, 96, generator=seeded(0)).to(dtype)
+        exact = copy.deepcopy(layer).double()(x.double())
+        theirs = layer(x)
+        calls.clear()
+        y = sample.few_rows(layer, x)
+        assert len(calls) == (shape[0] > 32 or shape[1] > 1)
+        assert y.shape == exact.shape
+        assert (y - exact).abs().mean() <= 3 * (theirs - exact).abs().mean()  # both are rounding
+
+
+# --- the command line
+
+
 @pytest.fixture
 def say(ckpt, capsys):
-    """say(options) -> what sample.py prints to standard output, or the line on stderr with which it exits, code 1."""
+    """say(options): what sample.py prints to standard output, or the line with which it exits."""
 
     def say(*options):
         capsys.readouterr()
+        always = ["--ckpt", str(ckpt), "--dtype", "float32", "--max-new-tokens", "20"]
         try:
-            sample.main(["--ckpt", str(ckpt), "--dtype", "float32", "--max-new-tokens", "20", *map(str, options)])
+            sample.main([*always, *map(str, options)])
         except SystemExit as end:
             assert "\n" not in end.code and capsys.readouterr().out == ""
             return end.code
@@ -275,14 +602,34 @@ def say(ckpt, capsys):
 @pytest.mark.parametrize("decode, options", CASES)
 def test_the_command_line_prints_what_generate_returns(say, ckpt, decode, options):
     model, tokenizer = sample.load(ckpt)
-    flags = [x for name, value in options.items() for x in (f"--{name.replace('_', '-')}", value)]
-    options = {"temperature": 0.7, **options} if decode == "temperature" else options
-    for prompt in ("the naïve model", "<|endoftext|>", ""):  # special tokens in a prompt are plain text
-        idx = torch.tensor([tokenizer.encode_ordinary(prompt) or [tokenizer.eot_token]])
-        new = sample.generate(model, idx, 20, decode, **options, eot=tokenizer.eot_token, generator=seeded(1337))
-        text = tokenizer.decode([i for i in new[0].tolist() if i != tokenizer.eot_token])
+    flags = []
+    for name, value in options.items():
+        flags += [f"--{name.replace('_', '-')}", value]
+    if decode == "temperature":
+        options = {"temperature": 0.7} | options
+    eot = tokenizer.eot_token
+    for prompt in ("the naïve model", "<|endoftext|>", ""):  # special tokens are plain text
+        idx = torch.tensor([tokenizer.encode_ordinary(prompt) or [eot]])
+        new = sample.generate(model, idx, 20, decode, eot=eot, generator=seeded(1337), **options)
+        text = prompt + tokenizer.decode([i for i in new[0].tolist() if i != eot])
         printed = say("--decode", decode, "--prompt", prompt, *flags)
-        assert printed.rstrip("\ufffd\n") == (prompt + text).rstrip("\ufffd\n") and printed[-1] == "\n"
+        assert printed[-1] == "\n"
+        assert printed.rstrip("\ufffd\n") == text.rstrip("\ufffd\n")  # of a character, half is left
+
+
+def test_dtype_is_that_of_the_weights(say, ckpt):
+    texts = set()
+    for dtype in (torch.float32, torch.bfloat16):
+        model, tokenizer = sample.load(ckpt)
+        sample.use_few_rows(model.to(dtype))
+        idx = torch.tensor([tokenizer.encode_ordinary("the model")])
+        new = sample.generate(model, idx, 200, eot=tokenizer.eot_token)[0].tolist()
+        text = tokenizer.decode([i for i in new if i != tokenizer.eot_token], errors="replace")
+        options = ("--prompt", "the model", "--decode", "greedy", "--max-new-tokens", 200)
+        printed = say(*options, "--dtype", str(dtype).removeprefix("torch."))
+        assert printed.rstrip("\ufffd\n") == ("the model" + text).rstrip("\ufffd\n")
+        texts.add(text)
+    assert len(texts) == 2
 
 
 def test_all_decoders_many_samples_no_cache_and_a_long_prompt(say, ckpt, capsys, monkeypatch):
@@ -292,90 +639,111 @@ def test_all_decoders_many_samples_no_cache_and_a_long_prompt(say, ckpt, capsys,
     assert all(text.startswith("the model") and "tokens/s)" in text for _, text in parts)
     samples = say("--prompt", "the", "--num-samples", 40, "--temperature", 2).split("\n[")
     assert [text[: text.index("] the")] for text in samples] == ["[1", *map(str, range(2, 41))]
-    assert len({text.split("] ", 1)[1] for text in samples}) == 40 and "<|endoftext|>" not in str(samples)
-    caches, new_cache = [], gpt2.Model.new_cache
-    monkeypatch.setattr(gpt2.Model, "new_cache", lambda self, n: caches.append(n) or new_cache(self, n))
+    assert len({text.split("] ", 1)[1] for text in samples}) == 40
+    assert "<|endoftext|>" not in str(samples)
+    caches = []
+    new_cache = gpt2.Model.new_cache
+    monkeypatch.setattr(
+        gpt2.Model, "new_cache", lambda self, n: caches.append(n) or new_cache(self, n)
+    )
     assert say("--prompt", "the") == say("--prompt", "the", "--no-cache") and len(caches) > 2
     sample.main(["--ckpt", str(ckpt), "--decode", "all", "--prompt", "the model learns " * 20])
     assert capsys.readouterr().err.count("tokens are left out") == 1
 
 
+def test_tokens_after_end_of_text_do_not_count(ckpt, capsys):
+    model, tokenizer = sample.load(ckpt)
+    eot = tokenizer.eot_token
+    idx = torch.tensor([tokenizer.encode_ordinary("the")]).expand(60, -1)
+    new = sample.generate(model, idx, 20, "temperature", 2.0, eot=eot, generator=seeded(1337))
+    rows = new.tolist()
+    n = sum(row.index(eot) if eot in row else 20 for row in rows)
+    assert 0 < n < 60 * 20 - 5
+    options = "--decode temperature --temperature 2 --num-samples 60 --max-new-tokens 20"
+    always = ["--ckpt", str(ckpt), "--dtype", "float32", "--prompt", "the"]
+    sample.main([*always, *options.split()])
+    assert capsys.readouterr().err.startswith(f"({n} tokens, ")
+
+
 def test_prompts_of_a_session_draw_on_and_the_seed_fixes_the_session(say, tmp_path, monkeypatch):
     (tmp_path / "prompt.txt").write_text("naïve\nreads", encoding="utf-8")
     monkeypatch.setattr("sys.stdin", io.StringIO("naïve\nreads"))
-    assert say() == say("--prompt-file", tmp_path / "prompt.txt") == say("--prompt", "naïve\nreads")
+    text = say("--prompt", "naïve\nreads")
+    assert say() == say("--prompt-file", tmp_path / "prompt.txt") == text
     sessions = []
     for seed in (1, 1, 2):
         monkeypatch.setattr("sys.stdin", io.StringIO("the\nthe\n"))
         monkeypatch.setattr("sys.stdin.isatty", lambda: True)
-        sessions.append([text.strip() for text in say("--seed", seed).split("prompt (Ctrl-D ends)> ")])
+        printed = say("--seed", seed)
+        sessions.append([text.strip() for text in printed.split("prompt (Ctrl-D ends)> ")])
     assert sessions[0] == sessions[1] != sessions[2]
-    assert sessions[0][1] != sessions[0][2] and sessions[0][1] == say("--prompt", "the", "--seed", 1).strip()
+    assert sessions[0][1] != sessions[0][2]
+    assert sessions[0][1] == say("--prompt", "the", "--seed", 1).strip()
+
+
+def test_a_session_goes_on_after_a_prompt_that_cannot_be_used(say, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("a <blank>\nthe\n"))
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True)
+    _, refused, answered, end = say("--decode", "greedy").split("prompt (Ctrl-D ends)> ")
+    assert "<blank>" in refused and refused.count("\n") == 1
+    assert answered == say("--decode", "greedy", "--prompt", "the")
+    assert end == "\n"
 
 
 def test_the_printer_never_cuts_a_character(capsys):
-    show, data, printed = sample.printer(load_tokenizer("bytes"), "> "), "naïve 你好, мир 🏳️‍🌈".encode(), ""
+    show = sample.printer(load_tokenizer("bytes"))
+    data = "naïve 你好, мир 🏳️‍🌈".encode()
+    printed = ""
     for i, token in enumerate([*data, 256], 1):  # at last the end of text, which is not printed
         show(torch.tensor([token]))
         printed += capsys.readouterr().out
-        assert printed == "> " + data[:i].decode(errors="ignore")  # every character as soon as it is complete
+        assert printed == data[:i].decode(errors="ignore")  # as soon as a character is complete
 
 
 @pytest.mark.parametrize("stop", ["interrupt", "close"])
 def test_ctrl_c_and_a_closed_pipe_end_without_a_traceback(ckpt, stop):
-    command = [sys.executable, "-E", ROOT / "sample.py", "--ckpt", ckpt, "--prompt", "the", "--max-new-tokens", "99999"]
-    listens = dict(preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # also if pytest ignores Ctrl-C
-    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **listens)
-    child.stdout.read(3)
-    child.send_signal(signal.SIGINT) if stop == "interrupt" else child.stdout.close()
+    command = [sys.executable, "-E", ROOT / "sample.py", "--ckpt", ckpt, "--prompt", "the"]
+    child = subprocess.Popen(
+        [*command, "--max-new-tokens", "99999"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # if pytest ignores it
+    )
+    child.stdout.read(4)
+    if stop == "interrupt":
+        child.send_signal(signal.SIGINT)
+    else:
+        child.stdout.close()
     assert child.wait(60) == (130 if stop == "interrupt" else 0)
     assert child.stderr.read().strip() == b""
 
 
-def test_what_has_no_effect_or_cannot_be_used_is_one_line(say, ckpt, tmp_path):
+def test_what_has_no_effect_or_cannot_be_used_is_one_line(say, tmp_path):
     options = ("--temperature", "--num-samples", "--beam-width", "--length-penalty")
     for decode, option in zip(("greedy", "beam", "top-k", "nucleus"), options):
-        assert f"{option} has no effect with --decode {decode}, only with " in say("--decode", decode, option, 1)
-    assert "--prompt-file: not allowed with" in say("--prompt", "the", "--prompt-file", "nothing.txt")
-    assert "top_k >= 1" in say("--prompt", "the", "--top-k", 0)
+        error = f"{option} has no effect with --decode {decode}, only with "
+        assert error in say("--decode", decode, option, 1)
+    assert "--prompt-file: not allowed with" in say("--prompt", "the", "--prompt-file", "no.txt")
     for option in ("--decode", "--device", "--prompt-file", "--ckpt"):
         assert "nothing" in say(option, "nothing")
-    assert "ckpt.pt continues a text: it cannot fill a <blank>" in say("--prompt", "def <blank>(")
-    folder, state = tmp_path / "a folder", torch.load(ckpt, weights_only=True)
-    folder.mkdir()
-    assert say("--ckpt", folder).endswith("Checkpoints in it: none")
-    states = {"key": {**state, "config": {"no_such_field": 1}}, "file": {**state, "model_file": "gpt3.py"}}
-    for name, state in states.items():
-        torch.save(state, folder / f"{name}.pt")
-        assert f"{name}.pt does not fit {state['model_file']}: " in say("--ckpt", folder / f"{name}.pt")
-    assert say("--ckpt", folder).endswith(f"'{folder}/file.pt', '{folder}/key.pt'")
-    (folder / "text.pt").write_bytes("naïve".encode("latin-1"))
-    assert "text.pt is not UTF-8" in say("--prompt-file", folder / "text.pt")
-    for name in ("text", "none"):  # in a Python session, too, an error that can be caught
-        assert f"{name}.pt" in say("--ckpt", folder / f"{name}.pt")
-        with pytest.raises((ValueError, FileNotFoundError), match=rf"{name}\.pt"):
-            sample.load(folder / f"{name}.pt")
+    assert "<blank>" in say("--prompt", "def <blank>(")
+    (tmp_path / "latin.txt").write_bytes("naïve".encode("latin-1"))
+    assert "latin.txt is not UTF-8" in say("--prompt-file", tmp_path / "latin.txt")
 
 
 @pytest.mark.parametrize("objective", ["masked", "spans"])
 def test_the_command_line_fills_blanks(objective, say, data, tmp_path):
     train("scratch_former", data, tmp_path, "--objective", objective, "--max-steps", 1)
-    (model, tokenizer), ckpt = sample.load(tmp_path / "ckpt.pt"), ("--ckpt", tmp_path / "ckpt.pt")
+    ckpt = ("--ckpt", tmp_path / "ckpt.pt")
+    model, tokenizer = sample.load(tmp_path / "ckpt.pt")
     before, after = (tokenizer.encode_ordinary(part) for part in ("the", " model"))
     text = sample.fill(model, torch.tensor([[*before, 300, *after]]), 20)
     assert say(*ckpt, "--prompt", "the <blank> model") == tokenizer.decode(text[0]) + "\n"
     printed = say(*ckpt, "--prompt", "<blank>model<blank>", "--decode", "all")
-    assert printed.count("model") >= 4 and ("--- beam" in printed) == (objective == "spans")
-    assert "ckpt.pt fills blanks: the prompt needs a <blank>" in say(*ckpt, "--prompt", "the model")
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_loaded_model_multiplies_few_rows_as_exactly_as_linear(dtype, ckpt, monkeypatch):
-    layers = [layer for layer in sample.load(ckpt)[0].modules() if type(layer) is torch.nn.Linear]
-    assert len(layers) == 4 + 1 and all(layer.forward.func is sample.few_rows for layer in layers)
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": dtype == torch.bfloat16})
-    for shape, bias in itertools.product([(1, 1), (8, 1), (32, 1), (2, 3)], (True, False)):
-        layer, x = torch.nn.Linear(96, 160, bias).to(dtype), torch.randn(*shape, 96, generator=seeded(0)).to(dtype)
-        exact = copy.deepcopy(layer).double()(x.double())
-        ours, theirs = ((y - exact).abs().mean() for y in (sample.few_rows(layer, x), layer(x)))
-        assert sample.few_rows(layer, x).shape == exact.shape and ours <= 3 * theirs  # both are rounding
+    assert printed.count("model") >= 4
+    assert ("--- beam" in printed) == (objective == "spans")
+    assert "<blank>" in say(*ckpt, "--prompt", "the model")
+    assert (
+        "one at a time" in say(*ckpt, "--prompt", "<blank>", "--decode", "beam")
+        or objective == "spans"
+    )
