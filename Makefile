@@ -9,8 +9,10 @@ ARGS ?=
 SCALE ?= full
 NANOGPT ?=
 PROMPT ?= def main(
+TORCH ?=
 RUNS ?= $(patsubst %/log.csv,%,$(wildcard out/*/log.csv))
-PY := .venv/bin/python
+VENV := .venv$(TORCH:%=-%)
+PY := $(VENV)/bin/python
 export DATASET TOKENIZER NANOGPT PROMPT # the shell quotes them: "$$PROMPT" may hold any character
 
 help:
@@ -21,62 +23,68 @@ help:
 	@echo 'make plot RUNS="out/a out/b"    validation loss of your own runs, over tokens and over time: out/plot.svg'
 	@echo "make march                      MARCH's encoder-decoders at equal parameters: results/march.md; two hours"
 	@echo 'make bench NANOGPT=DIR          speed beside nanoGPT (DIR is a clone of it), transformers, tokenizers and tiktoken'
-	@echo 'make test                       run the tests'
+	@echo 'make test                       run the tests; TORCH=2.14.1: with that torch, in .venv-2.14.1'
+	@echo 'make mutants                    plant sixty faults, one after the other: do the tests notice each?'
 	@echo 'make soak                       run the long tests: killed runs'
 	@echo 'make lint                       check the code with ruff'
-	@echo 'make clean                      remove .venv and caches, but not data/ and out/'
+	@echo 'make clean                      remove .venv, .venv-* and caches, but not data/ and out/'
 
 # Stamps: packages are installed again only when their list changes.
-.venv/installed: requirements.txt
-	test -x $(PY) || $(PYTHON) -m venv .venv
-	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
-	@echo 'Installed in .venv. To use its python in this shell: source .venv/bin/activate'
+$(VENV)/installed: requirements.txt
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	sed 's/^torch==.*/$(or $(TORCH:%=torch==%),&)/' requirements.txt > $(VENV)/requirements.txt
+	$(PY) -m pip install --quiet --disable-pip-version-check -r $(VENV)/requirements.txt
+	@echo 'Installed in $(VENV). To use its python in this shell: source $(VENV)/bin/activate'
 	@touch $@
 
-.venv/installed-dev: requirements-dev.txt .venv/installed
-	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+$(VENV)/installed-dev: requirements-dev.txt $(VENV)/installed
+	cp requirements-dev.txt $(VENV)
+	$(PY) -m pip install --quiet --disable-pip-version-check -r $(VENV)/requirements-dev.txt
 	@touch $@
 
-demo: .venv/installed
+demo: $(VENV)/installed
 	test -f data/stdlib/meta.json || $(PY) prepare_data.py stdlib
 	$(PY) gpt2.py --preset demo --out out/demo $$(test -f out/demo/ckpt.pt && echo --resume)
 	$(PY) sample.py --ckpt out/demo/ckpt.pt --decode all --prompt "$$PROMPT"
 	@echo 'To continue by yourself: source .venv/bin/activate; python sample.py --ckpt out/demo/ckpt.pt --prompt "import"'
 
-data: .venv/installed
+data: $(VENV)/installed
 	$(PY) prepare_data.py "$$DATASET" --tokenizer "$$TOKENIZER" $(ARGS)
 
-train: .venv/installed
+train: $(VENV)/installed
 	$(PY) $(MODEL).py $(ARGS)
 
-compare: .venv/installed-dev
+compare: $(VENV)/installed-dev
 	$(PY) bench/compare.py '$(SCALE)'
 
-plot: .venv/installed-dev
+plot: $(VENV)/installed-dev
 	$(foreach run,$(RUNS),$(if $(wildcard $(run)/log.csv),,$(error $(run): no log.csv in this folder)))
 	$(PY) bench/runs.py $(or $(RUNS),$(error no run in out/ yet. Try make demo))
 	@echo 'Drawn: out/plot.svg'
 
-march: .venv/installed-dev
+march: $(VENV)/installed-dev
 	$(PY) bench/march.py
 
-bench: .venv/installed-dev
+bench: $(VENV)/installed-dev
 	$(PY) bench/train.py $${NANOGPT:+--nanogpt "$$NANOGPT"}
 	$(PY) bench/decode.py
 	$(PY) bench/growth.py
 	$(PY) bench/data.py
 
-test: .venv/installed-dev
+test: $(VENV)/installed-dev
 	$(PY) -m pytest -n auto
 
-soak: .venv/installed-dev
+mutants: $(VENV)/installed-dev
+	$(PY) tests/mutants.py
+
+soak: $(VENV)/installed-dev
 	$(PY) tests/soak.py
 
-lint: .venv/installed-dev
+lint: $(VENV)/installed-dev
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 
 clean:
-	rm -rf .venv __pycache__ bench/__pycache__ tests/__pycache__ .pytest_cache .ruff_cache
+	rm -rf .venv .venv-* __pycache__ bench/__pycache__ tests/__pycache__ .pytest_cache .ruff_cache
 
-.PHONY: help demo data train compare plot march bench test soak lint clean
+.PHONY: help demo data train compare plot march bench test mutants soak lint clean

@@ -191,24 +191,28 @@ def test_loss_of_a_target_of_no_probability_is_finite():
 
 
 class Watch(TorchDispatchMode):
-    """Counts matrix products, and remembers the size of the largest result of any function."""
+    """Notes the types of matrix products, and the size of the largest result of any function."""
 
     def __init__(self):
         super().__init__()
-        self.products = self.largest = 0
+        self.products, self.largest = [], 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
-        self.products += "mm" in str(function)
+        if "mm" in str(function):
+            self.products.append(result.dtype)
         if isinstance(result, torch.Tensor):
             self.largest = max(self.largest, result.numel())
         return result
 
 
-def test_loss_holds_one_chunk_of_logits_and_computes_no_gradients_that_nobody_asks_for():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_loss_holds_a_chunk_of_logits_and_no_gradients_that_nobody_asks_for(dtype):
+    """The products are of the type that autocast asks for."""
     x, weight, bias, targets = case(640, 2048, 0)
     chunks = 2048 // 512
     for grad, products in ((True, 3 * chunks), (False, chunks)):
-        with torch.set_grad_enabled(grad), Watch() as watch:
+        autocast = torch.autocast("cpu", dtype, enabled=dtype == torch.bfloat16)
+        with torch.set_grad_enabled(grad), autocast, Watch() as watch:
             ours(x, weight.requires_grad_(), bias, targets, 640)
-        assert watch.products == products and watch.largest == 512 * 640
+        assert watch.products == [dtype] * products and watch.largest == 512 * 640
