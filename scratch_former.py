@@ -1,39 +1,56 @@
-"""Attention Is All You Need, unfused: its decoder, its encoder, or both, with matmuls, softmax and core torch only.
+"""Attention Is All You Need, written out: the decoder, the encoder, or both, in core torch.
 
-    idx (B, T)
-      |   sqrt(C) embedding[idx] + sinusoids of the positions               3.4, 3.5
-      v
-    x (B, T, C) --+----------------+--> (+) --> LayerNorm --> x             n_layer times: post-norm, 3.1
-                  |                |
-                  +-> attention ---+        softmax(Q K^T / sqrt(d_k)) V    3.2.1, equation 1; heads 3.2.2, mask 3.2.3
-                  +-> feed-forward +        max(0, x W_1 + b_1) W_2 + b_2   3.3, equation 2
-      |
-      v   head: a matrix of its own, with a bias
+    idx (B, T)                            the token ids of B texts
+    |    sqrt(C) wte[idx] + sinusoids     3.4: embedding; 3.5: one vector for each position
+    v
+    x ---+      (B, T, C)                 the residual stream: C numbers for each position
+    |    attn                             3.2.1, equation 1: softmax(Q K^T / sqrt(d_k)) V
+    + <--+                                3.2.2: several heads; 3.2.3: which position sees which
+    |    ln_1                             3.1: LayerNorm(x + Sublayer(x)), the norm after the sum
+    x ---+
+    |    mlp                              3.3, equation 2: max(0, x W_1 + b_1) W_2 + b_2
+    + <--+                                a block has two sums; there are n_layer blocks
+    |    ln_2
+    |    lm_head                          a matrix of its own, with a bias
+    v
     logits (B, T, V)
 
-GPT, BERT and T5 share all of this. They differ in which positions attention may see, and in what is hidden:
+The numbers are sections and equations of Vaswani et al. 2017, arXiv 1706.03762. This file is not
+gpt2.py with a few changes. It is written anew: read it alone, beside the paper.
 
-    --objective   next (GPT)             masked (BERT)          spans (T5)
-    network       decoder                encoder                encoder        and decoder, with cross-attention
-    example       for i in range         for [M] in range       for <0> range      <0> i in
-    predicts      i in range (           i                                         i in <1>
-    attention     to the left only       everywhere             everywhere         to the left, and to the encoder
+GPT, BERT and T5 are this network. They differ in what a position may see, and in what is hidden.
+Here the text is `for i in range ( n`. [M] hides the token `i`, and <0> hides the span `i in`:
 
-The numbers are sections and equations of Vaswani et al. 2017, arXiv 1706.03762. Training is the paper's, too: a linear
-warm-up, then the inverse square root of the step, Adam with beta_2 = 0.98 (5.3), and label smoothing (5.4).
+    --objective  next                 masked               spans
+    as in        GPT                  BERT                 T5's encoder         T5's decoder
+    reads        for i in range (     for [M] in range ( n for <0> range ( n    <0> i in
+    predicts     i in range ( n           i                                     i in <1>
+    a position   itself, and          all positions        all positions        itself, all before
+    sees         all before it                                                  it, and the encoder
 
-Source: github.com/jrussell25/scratch-former, written to learn from the paper: 4 layers, width 512, 256 tokens.
-- As there, unlike the paper: a decoder alone by default, and a head that does not share the weights of the embedding.
-- As in the paper, unlike there: embeddings are scaled by sqrt(C), no LayerNorm follows the sum with the positions, Adam
-  has the paper's betas, and the exponent of the sinusoids is divided by C (without it, 2 of 512 columns vary).
-- Its perplexity of 34.4 on WikiText-2 counts some 960 tokens. --eval-only --stride 1 scores all, with full windows.
-Hidden tokens are BERT's (Devlin et al. 2018, arXiv 1810.04805, 3.1), spans T5's (Raffel et al. 2020, arXiv 1910.10683,
-3.1.4), as in github.com/bri25yu/march, which varies --position, --ff, --head-dim, --no-cross-kv. T5's norms come first.
+Hidden tokens are as in Devlin et al. 2018, arXiv 1810.04805, 3.1. Hidden spans are as in Raffel et
+al. 2020, arXiv 1910.10683, 3.1.4. In T5, the norms come before the sublayers. The options that vary
+the network (--position, --ff, --head-dim, --no-cross-kv) are from github.com/bri25yu/march.
 
-    python scratch_former.py --preset demo                               three minutes on a laptop's CPU
-    python scratch_former.py --device cuda --data data/wikitext2         the source's size on one GPU
+The source is github.com/jrussell25/scratch-former, whose author wrote it to learn from the paper:
 
-In the diff with gpt2.py: unfused attention, norms after the sums, three objectives, positions, label smoothing, Adam.
+                    paper                   source                        here
+    network         encoder and decoder     decoder                       by --objective
+    embedding       times sqrt(C)           not scaled                    times sqrt(C)
+    + positions     dropout                 LayerNorm                     dropout
+    sinusoids of    pos / 10000^(2i / C)    pos / 10000^(2i): only 2 of   pos / 10000^(2i / C)
+                                            512 channels vary
+    lm_head         the weights of wte      weights of its own            weights of its own
+    Adam's betas    0.9, 0.98               0.9, 0.999                    0.9, 0.98
+    dropout         0.1                     0                             --dropout, 0 by default
+
+Its perplexity of 34.4 on WikiText-2 is that of some 960 tokens; --eval-only --stride 1 scores all.
+
+    python scratch_former.py --preset demo                           three minutes on a laptop's CPU
+    python scratch_former.py --device cuda --data data/wikitext2     the source's size on one GPU
+
+Unlike gpt2.py it has attention by its formula alone, norms after the sums, three objectives, four
+encodings of positions, label smoothing (5.4), and the paper's Adam and learning rate (5.3).
 """
 
 import argparse
@@ -70,16 +87,16 @@ class Config:
     block_size: int = 256  # longest context, in tokens
     n_layer: int = 4  # blocks; with --objective spans, of the encoder and of the decoder each
     n_head: int = 8  # attention heads
-    n_kv_head: int = 0  # key and value heads, each shared by n_head / n_kv_head query heads; 1: multi-query; 0: n_head
-    head_dim: int = 0  # channels of a head; 0: n_embd / n_head
     n_embd: int = 512  # width of the residual stream, in channels
+    head_dim: int = 0  # channels of a head; 0: n_embd / n_head
+    n_kv_head: int = 0  # heads of keys and values, shared by the query heads; 0: n_head
     n_ff: int = 1024  # hidden units of the feed-forward network
-    ff: str = "relu"  # feed-forward network: relu, gelu, geglu or swiglu; gated ones have 2/3 of the hidden units
+    ff: str = "relu"  # its activation: relu, gelu, or with a gate geglu, swiglu
     position: str = "sinusoid"  # encoding of positions: sinusoid, learned, rotary or relative
-    objective: str = "next"  # what is predicted: next (tokens), masked (tokens) or spans (of hidden tokens)
-    hide: float = 0.15  # share of the tokens that masked and spans hide
-    span_length: float = 3.0  # mean length of a hidden span, in tokens
-    cross_kv: bool = True  # whether cross-attention has key and value matrices, or takes the encoder's output itself
+    objective: str = "next"  # what is predicted: next, masked or spans; see the table above
+    hide: float = 0.15  # share of the tokens that masked and spans hide, above 0 and below 1
+    span_length: float = 3.0  # mean length of a hidden span, in tokens, at least 1
+    cross_kv: bool = True  # key and value matrices in cross-attention; no: the encoder's output
     eot: int = -1  # id of the end of text (-1: the last id); training takes it from the data set
     # The run. These fields may change when a run is resumed.
     data: str = "data/stdlib"  # folder that prepare_data.py wrote
@@ -90,191 +107,274 @@ class Config:
     seed: int = 1337  # of the initial weights, the batches and dropout
     max_steps: int = 200_000  # optimizer steps
     batch_size: int = 10  # sequences in an optimizer step, over all devices
-    micro_batch: int = 10  # sequences in a forward pass on one device; gradients add up to the batch
+    micro_batch: int = 10  # sequences in a forward pass on a device; gradients add up to the batch
     eval_interval: int = 500  # steps between evaluations, each followed by a checkpoint
     eval_tokens: int = 2**16  # tokens that such an evaluation scores, from the start of val.bin
     log_interval: int = 10  # steps between lines of log.csv
-    learning_rate: float = 0.0  # peak; 0: the paper's, (n_embd x warmup_steps) ** -0.5
+    learning_rate: float = 0.0  # peak; 0: the one of the paper, (n_embd x warmup_steps) ** -0.5
     warmup_steps: int = 4000  # steps of linear warm-up, before the inverse square root of the step
-    label_smoothing: float = 0.1  # share of each target that is spread over the vocabulary, in training only
+    label_smoothing: float = 0.1  # share of a target that is spread over all tokens, in training
     grad_clip: float = 1.0  # a gradient whose norm is larger is scaled down to it; 0: no limit
     dropout: float = 0.0  # probability, after the embedding and after each sublayer
 
 
-PRESETS = {
-    "demo": dict(n_layer=2, n_head=4, n_embd=128, n_ff=512, batch_size=8, micro_batch=8, max_steps=950,
-                 eval_interval=250, log_interval=50, warmup_steps=200),
-    "masked": dict(objective="masked", position="relative", hide=0.3, block_size=128, n_layer=4, n_head=4, n_embd=128,
-                   n_ff=512, batch_size=16, micro_batch=16, max_steps=3000, eval_interval=500, log_interval=100,
-                   learning_rate=4e-3, warmup_steps=300, label_smoothing=0.0),
-}  # fmt: skip
-PRESETS["spans"] = PRESETS["masked"] | dict(objective="spans", hide=0.15, n_layer=2, learning_rate=1.5e-3)
-
-
-class Cache:
-    """Keys and values of the tokens fed so far, (n_layer, B, n_kv_head, block_size, hs) each. The encoder was fed the
-    first `source` of all `length` tokens: `memory` has their keys and values for cross-attention."""
-
-    def __init__(self, shape, like):
-        self.k, self.v = like.new_empty(shape), like.new_empty(shape)
-        self.length, self.source, self.memory = 0, 0, None
-
-    def append(self, layer, k, v):
-        """Stores a layer's new keys and values (B, nh, T, hs); returns all of them (B, nh, past + T, hs)."""
-        past = self.length - self.source
-        end = past + k.size(2)
-        self.k[layer, :, :, past:end] = k
-        self.v[layer, :, :, past:end] = v
-        return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
-
-    def select(self, rows):
-        """Makes row i of the batch what row rows[i] was: keeps, repeats or reorders them."""
-        past = self.length - self.source
-        k, v = (old[:, rows, :, :past] for old in (self.k, self.v))
-        if len(rows) != self.k.size(1):
-            self.k, self.v = (old.new_empty(len(old), len(rows), *old.shape[2:]) for old in (self.k, self.v))
-        self.k[:, :, :, :past], self.v[:, :, :, :past] = k, v
-        self.memory = self.memory and [(k[rows], v[rows]) for k, v in self.memory]
-
-
-def positions(length, n_embd):
-    """The table of positional encodings, (length, C) float32, computed in float64 (3.5):
-    PE[pos, 2i] = sin(pos / 10000^(2i / C)), PE[pos, 2i + 1] = cos(pos / 10000^(2i / C))."""
-    angle = torch.arange(length).double()[:, None] / 10_000 ** (torch.arange(0, n_embd, 2).double() / n_embd)
-    return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(1).float()
-
-
-def rotate(x, table):
-    """Rotary positions (Su et al. 2021, arXiv 2104.09864, 3.2.2): turns each pair of channels of x (B, nh, T, hs) by an
-    angle whose sine and cosine are in table (T, hs). Then q @ k depends on positions through their distance alone."""
-    sin, cos, a, b = table[:, 0::2], table[:, 1::2], x[..., 0::2], x[..., 1::2]
-    return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2).type_as(x)
-
-
-def buckets(distance, causal):
-    """T5's bucket, 0 to 31, for distances of keys from queries, any shape (Raffel et al. 2020, 2.1): one each for the
-    short ones, wider ones up to 128 tokens, and one for the rest. Unless causal, half are for keys to the right."""
-    near = 16 if causal else 8  # distances with a bucket of their own; as many buckets are for the longer ones
-    d = (-distance).clamp(min=0) if causal else distance.abs()
-    far = near + (torch.log(d.clamp(min=1) / near) / math.log(128 / near) * near + 1e-4).long()
-    bucket = torch.where(d < near, d, far.clamp(max=2 * near - 1))
-    return bucket if causal else bucket + 16 * (distance > 0)
+# What three of the options may be.
+ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "geglu": F.gelu, "swiglu": F.silu}
+CHOICES = {
+    "ff": ACTIVATIONS,
+    "position": ("sinusoid", "learned", "rotary", "relative"),
+    "objective": ("next", "masked", "spans"),
+}
 
 
 class Attention(nn.Module):
-    """Multi-head attention (3.2.2): a query head compares its queries with keys and averages the values of those that
-    match. Keys and values come from the same text or, in cross-attention, from the encoder's output. To cache fewer of
-    them, query heads may share them (Shazeer 2019, arXiv 1911.02150; Ainslie et al. 2023, arXiv 2305.13245)."""
+    """Multi-head attention (3.2.2). Each query is compared with all keys. The result is the mean of
+    the values, in which a value counts more if its key is like the query.
+
+    Queries come from x. Keys and values come from x, too, or in cross-attention from the encoder's
+    output: with matrices of their own, or (`kv` is False) they are that output itself. Several
+    query heads may share one head of keys and values, so that fewer need to be cached (Shazeer
+    2019, arXiv 1911.02150; Ainslie et al. 2023, arXiv 2305.13245).
+    """
 
     def __init__(self, cfg, kv=True):
         super().__init__()
-        self.d_k = cfg.head_dim or cfg.n_embd // cfg.n_head
-        self.n_head, self.n_kv_head = cfg.n_head, cfg.n_kv_head or cfg.n_head
-        if not kv:  # keys and values are what is attended to, split into heads
-            self.n_kv_head = cfg.n_embd // self.d_k
-        self.w_q = nn.Linear(cfg.n_embd, self.n_head * self.d_k, bias=False)
-        self.w_k = nn.Linear(cfg.n_embd, self.n_kv_head * self.d_k, bias=False) if kv else nn.Identity()
-        self.w_v = nn.Linear(cfg.n_embd, self.n_kv_head * self.d_k, bias=False) if kv else nn.Identity()
-        self.w_o = nn.Linear(self.n_head * self.d_k, cfg.n_embd, bias=False)
+        C = cfg.n_embd
+        n_head = cfg.n_head
+        if not cfg.head_dim and C % n_head:
+            raise UserError(f"n_embd {C} is not a multiple of n_head {n_head}")
+        d_k = cfg.head_dim or C // n_head  # channels of a head
+        n_kv_head = cfg.n_kv_head or n_head
+        if not kv:  # then the C channels of the encoder's output are cut into heads
+            if C % d_k:
+                raise UserError(f"--no-cross-kv: n_embd {C} is not a multiple of head_dim {d_k}")
+            n_kv_head = C // d_k
+        if n_head % n_kv_head:
+            raise UserError(f"n_head {n_head} is not a multiple of {n_kv_head} key and value heads")
+        self.d_k = d_k
+        self.n_kv_head = n_kv_head
+        self.group = n_head // n_kv_head  # query heads that share keys and values
+        self.c_q = nn.Linear(C, n_head * d_k, bias=False)  # W^Q
+        self.c_k = nn.Linear(C, n_kv_head * d_k, bias=False) if kv else nn.Identity()  # W^K
+        self.c_v = nn.Linear(C, n_kv_head * d_k, bias=False) if kv else nn.Identity()  # W^V
+        self.c_proj = nn.Linear(n_head * d_k, C, bias=False)  # W^O
+
+    def heads(self, x):
+        """(B, T, nh d_k) -> (B, nh, T, d_k), where nh is n_head or n_kv_head."""
+        return x.unflatten(2, (-1, self.d_k)).transpose(1, 2)
 
     def keys_and_values(self, x):
-        """Of what is attended to, (B, S, C) -> two of (B, n_kv_head, S, d_k)."""
-        return [w(x).view(*x.shape[:2], -1, self.d_k).transpose(1, 2) for w in (self.w_k, self.w_v)]
+        """The keys and the values of a text x (B, S, C), both (B, n_kv_head, S, d_k)."""
+        return self.heads(self.c_k(x)), self.heads(self.c_v(x))
 
-    def forward(self, x, mask=None, rotation=None, memory=None, cache=None, layer=0):
-        """x (B, T, C); mask (T, S) or (n_head, T, S), added to the scores; memory: keys and values of another text."""
-        B, T, _ = x.shape
-        q = self.w_q(x).view(B, T, -1, self.d_k).transpose(1, 2)
-        k, v = memory or self.keys_and_values(x)
+    def forward(self, x, mask=0.0, rotation=None, cache=None, layer=0, memory=None):
+        """T queries from x (B, T, C), compared with S keys. mask (T, S) or (n_head, T, S) is added
+        to the scores; rotation (T, d_k) is the table of `rotate`; memory: keys and values (of the
+        encoder's output), if they are not those of x."""
+        q = self.heads(self.c_q(x))  # (B, n_head, T, d_k)
+        k, v = self.keys_and_values(x) if memory is None else memory  # (B, n_kv_head, S, d_k)
         if rotation is not None:
             q, k = rotate(q, rotation), rotate(k, rotation)
         if cache is not None:
-            k, v = cache.append(layer, k, v)  # (B, n_kv_head, S, d_k), S = tokens before + T
-        # The G = n_head / n_kv_head query heads of a key head become one head with G T queries: keys are not repeated.
-        q = q.reshape(B, self.n_kv_head, -1, self.d_k) / math.sqrt(self.d_k)  # (B, n_kv_head, G T, d_k)
-        scores = (q @ k.mT).view(B, self.n_head, T, -1)  # equation 1, (B, n_head, T, S)
-        scores = scores if mask is None else scores + mask.type_as(q)
-        weights = scores.softmax(-1).view(*q.shape[:-1], -1)  # (B, n_kv_head, G T, S)
-        y = (weights @ v).view(B, self.n_head, T, self.d_k)
-        return self.w_o(y.transpose(1, 2).reshape(B, T, -1))  # (B, n_head, T, d_k) -> (B, T, C)
+            k, v = cache.append(layer, k, v)  # S: the tokens read before, then the T of x
+        if self.group > 1:
+            k = k.repeat_interleave(self.group, 1)  # (B, n_head, S, d_k)
+            v = v.repeat_interleave(self.group, 1)
+
+        # Equation 1: softmax(Q K^T / sqrt(d_k)) V
+        scores = q / math.sqrt(self.d_k) @ k.transpose(2, 3)  # (B, n_head, T, S)
+        weights = (scores + mask).softmax(-1)
+        y = weights @ v  # (B, n_head, T, d_k)
+        return self.c_proj(y.transpose(1, 2).flatten(2))  # (B, T, n_head d_k) -> (B, T, C)
 
 
-class FeedForward(nn.Module):
-    """Two linear maps with a ReLU between them (3.3, equation 2), or a GELU. In gated ones, a third map multiplies the
-    hidden units (Shazeer 2020, arXiv 2002.05202); with 2/3 of the units, there are as many parameters."""
+class MLP(nn.Module):
+    """Feed-forward: C -> n_ff -> C, with a ReLU (3.3, equation 2) or a GELU. If there is a gate, a
+    third linear map of x, it multiplies the hidden units (Shazeer 2020, arXiv 2002.05202)."""
 
     def __init__(self, cfg):
         super().__init__()
         gated = cfg.ff.endswith("glu")
+        # With a gate, three matrices have as many parameters as two of n_ff hidden units.
         n_ff = round(cfg.n_ff * 2 / 3) if gated else cfg.n_ff
-        self.activation = {"relu": F.relu, "swiglu": F.silu}.get(cfg.ff, F.gelu)
-        self.w_1 = nn.Linear(cfg.n_embd, n_ff)
-        self.w_2 = nn.Linear(n_ff, cfg.n_embd)
-        self.gate = nn.Linear(cfg.n_embd, n_ff) if gated else None
+        self.activation = ACTIVATIONS[cfg.ff]
+        self.c_fc = nn.Linear(cfg.n_embd, n_ff)  # W_1, b_1
+        self.c_proj = nn.Linear(n_ff, cfg.n_embd)  # W_2, b_2
+        self.c_gate = nn.Linear(cfg.n_embd, n_ff) if gated else None
 
     def forward(self, x):
-        y = self.activation(self.w_1(x))
-        return self.w_2(y * self.gate(x) if self.gate else y)
+        hidden = self.activation(self.c_fc(x))
+        if self.c_gate:
+            hidden = hidden * self.c_gate(x)
+        return self.c_proj(hidden)
 
 
 class Block(nn.Module):
-    """LayerNorm(x + Sublayer(x)), twice (3.1): the norm comes after the sum. With cross-attention, three times."""
+    """Twice LayerNorm(x + Sublayer(x)) (3.1): attention, then feed-forward. In the decoder of an
+    encoder-decoder, cross-attention comes between them."""
 
     def __init__(self, cfg, cross=False):
         super().__init__()
-        self.attn, self.ln_1 = Attention(cfg), nn.LayerNorm(cfg.n_embd)
+        self.ln_1 = nn.LayerNorm(cfg.n_embd)
+        self.attn = Attention(cfg)
         if cross:
-            self.cross, self.ln_cross = Attention(cfg, cfg.cross_kv), nn.LayerNorm(cfg.n_embd)
-        self.ff, self.ln_2 = FeedForward(cfg), nn.LayerNorm(cfg.n_embd)
+            self.ln_cross = nn.LayerNorm(cfg.n_embd)
+            self.cross = Attention(cfg, cfg.cross_kv)
+        self.ln_2 = nn.LayerNorm(cfg.n_embd)
+        self.mlp = MLP(cfg)
         self.drop = nn.Dropout(cfg.dropout)  # of each sublayer's output, before the sum (5.4)
 
     def forward(self, x, mask, rotation=None, memory=None, cache=None, layer=0):
-        x = self.ln_1(x + self.drop(self.attn(x, mask, rotation, cache=cache, layer=layer)))
+        x = self.ln_1(x + self.drop(self.attn(x, mask, rotation, cache, layer)))
         if memory is not None:
             x = self.ln_cross(x + self.drop(self.cross(x, memory=memory)))
-        return self.ln_2(x + self.drop(self.ff(x)))
+        return self.ln_2(x + self.drop(self.mlp(x)))
+
+
+# Positions. Attention alone would not know the order of the tokens. `sinusoid` and `learned` add a
+# vector to each embedding, `rotary` turns queries and keys, `relative` adds a number to each score.
+
+
+def positions(length, n_embd):
+    """The table of sinusoids (3.5), (length, C), in float32 but computed in float64:
+
+        row pos, channel 2i       sin(pos / 10000^(2i / C))
+        row pos, channel 2i + 1   cos(pos / 10000^(2i / C))
+
+    C is n_embd, or d_k where queries and keys are rotated by it.
+    """
+    pos = torch.arange(length).double()[:, None]  # (length, 1)
+    angle = pos / 10_000 ** (torch.arange(0, n_embd, 2).double() / n_embd)  # (length, C / 2)
+    return torch.stack([angle.sin(), angle.cos()], -1).flatten(1).float()  # (length, C)
+
+
+def rotate(x, table):
+    """Rotary positions (Su et al. 2021, arXiv 2104.09864, 3.2.2). Each pair of channels of x
+    (B, nh, T, d_k) is turned by an angle that grows with the position; `table` (T, d_k) has the
+    sines and cosines. Then the product of a query and a key depends on their distance alone."""
+    sin, cos = table[:, ::2], table[:, 1::2]  # (T, d_k / 2)
+    x1, x2 = x[..., ::2], x[..., 1::2]  # (B, nh, T, d_k / 2)
+    turned = torch.stack([x1 * cos - x2 * sin, x1 * sin + x2 * cos], -1)
+    return turned.flatten(-2)  # (B, nh, T, d_k / 2, 2) -> (B, nh, T, d_k)
+
+
+def buckets(distance, causal):
+    """T5's bucket, 0 to 31, for each distance of a key from a query (Raffel et al. 2020, 2.1). Keys
+    at similar distances are in one bucket, and have the same bias. In a decoder:
+
+        tokens back   0 .. 15    each has a bucket of its own, 0 .. 15
+                     16 .. 127   share the buckets 16 .. 31, on a log scale
+                    128 ..       have bucket 31
+
+    An encoder has 16 such buckets (8 and 8) for keys to the left, and 16 for keys to the right.
+    """
+    near = 16 if causal else 8  # distances with a bucket each; as many buckets are for longer ones
+    d = distance.abs()
+    far = (d.clamp(min=1) / near).log() / math.log(128 / near)  # 0 at `near` tokens, 1 at 128
+    # 16, 32 and 64 tokens are at the border of two buckets, so the rounding of the device's log
+    # would decide. With 1e-4 more, they are in the upper bucket on every device.
+    far_bucket = near + (near * far + 1e-4).long()
+    bucket = torch.where(d < near, d, far_bucket.clamp(max=2 * near - 1))
+    return bucket if causal else bucket + 16 * (distance > 0)
+
+
+# What `masked` and `spans` hide. It depends on `noise`, (2, B, T) random numbers from 0 to 1.
 
 
 def hidden_lengths(cfg, length):
-    """How many of `length` tokens to hide, and in how many spans: the same in every text, so that nothing is padded."""
+    """(tokens to hide, spans to hide) of a text of `length` tokens. They are the same for all texts
+    of this length, so that no text needs padding."""
     n_hidden = max(1, round(cfg.hide * length))
     return n_hidden, max(1, round(n_hidden / cfg.span_length))
 
 
 def hide_tokens(text, noise, cfg, training):
-    """BERT's masked tokens. text (B, T), noise (2, B, T) uniform in [0, 1) -> the text with some tokens hidden and what
-    they were, -1 elsewhere, both (B, T). The mask id, vocab_size, replaces 80%; 10% become random tokens and 10% stay,
-    because texts to be read later have no mask ids. In evaluation it replaces all."""
-    n = hidden_lengths(cfg, text.size(1))[0]
-    rank = noise[0].argsort(1).argsort(1)  # positions in random order: the first n are hidden
-    masked, changed = (round(0.8 * n), round(0.9 * n)) if training else (n, n)
-    idx = text.where(rank >= changed, (noise[1] * cfg.vocab_size).long()).masked_fill(rank < masked, cfg.vocab_size)
-    return idx, text.masked_fill(rank >= n, -1)
+    """BERT's masked tokens: text (B, T) -> idx (B, T), where some tokens are hidden, and targets
+    (B, T), which has the hidden tokens, and -1 elsewhere. An example in training, with hide = 0.5:
+
+        text      a   b   c   d   e   f   g   h       T = 8: 4 tokens are hidden
+        rank      6   1   4   0   7   3   5   2       of noise[0]: 0 is the lowest
+        idx       a  [M]  c  [M]  e   x   g  [M]      ranks 0, 1, 2: mask id; 3: a random token
+        targets  -1   b  -1   d  -1   f  -1   h       ranks 0 to 3
+
+    80% of the hidden tokens become the mask id [M], which is vocab_size. 10% become random tokens,
+    and 10% stay as they are, because the texts that the model reads later have no mask id. In
+    evaluation, all become the mask id.
+    """
+    n_hidden, _ = hidden_lengths(cfg, text.size(1))
+    n_masked = round(0.8 * n_hidden) if training else n_hidden
+    n_changed = round(0.9 * n_hidden) if training else n_hidden
+    # rank[b, t]: how many positions of text b have lower noise than t. argsort lists the positions
+    # from the lowest noise to the highest; argsort of this list says where each position is in it.
+    rank = noise[0].argsort(1).argsort(1)  # (B, T)
+    random_tokens = (noise[1] * cfg.vocab_size).long()
+    idx = text.where(rank >= n_changed, random_tokens)
+    idx = idx.masked_fill(rank < n_masked, cfg.vocab_size)
+    return idx, text.masked_fill(rank >= n_hidden, -1)
+
+
+def random_numbers(noise, limit, n):
+    """(B, n): for each text, n different integers from 0 to limit - 1, in increasing order: those
+    positions among the first `limit` at which noise (B, T) is highest."""
+    return noise[:, :limit].topk(n).indices.sort().values
+
+
+def pick(values, wanted, n):
+    """Of values (B, S), those where `wanted` is True, n in each row. It equals
+
+        values[wanted].view(B, n)
+
+    but does not make the program wait until the GPU has counted them. A stable sort puts what is
+    wanted first, and keeps its order.
+    """
+    order = (~wanted).int().argsort(dim=1, stable=True)
+    return values.gather(1, order[:, :n])
 
 
 def hide_spans(text, noise, cfg):
-    """T5's span corruption. text (B, T), noise (2, B, T) uniform in [0, 1) -> the text with a sentinel in place of each
-    hidden span (B, T - n_hidden + n_spans), and the spans, each after its sentinel, then one more sentinel (B, n_hidden
-    + n_spans + 1). Sentinels are the ids from vocab_size on."""
-    B, T = text.shape
+    """T5's span corruption: text (B, T) -> source (B, T - n_hidden + n_spans) for the encoder, and
+    target (B, n_hidden + n_spans + 1) for the decoder. An example:
+
+        text      a   b   c   d   e   f   g   h       T = 8: 3 tokens are hidden, in 2 spans
+        part      0   1   2   2   3   3   4   4       gap, span, gap, span, gap: odd parts are spans
+        source    a  <0>  c   d  <1>  g   h           each span becomes one sentinel
+        target   <0>  b  <1>  e   f  <2>              each gap becomes one sentinel
+
+    The sentinels <0>, <1>, ... are the ids vocab_size, vocab_size + 1, ...
+    """
+    T = text.size(1)
     n_hidden, n_spans = hidden_lengths(cfg, T)
 
-    def random_lengths(noise, total, n):
-        """n lengths of at least 1 that sum to total, which is cut at n - 1 random places: (B, n)."""
-        cuts = noise[:, : total - 1].topk(n - 1).indices.sort().values + 1
-        return cuts.diff(prepend=cuts.new_zeros(B, 1), append=cuts.new_full((B, 1), total))
+    # A row of n_hidden tokens is cut into spans: above at 1. Then each span gets a place between
+    # the T - n_hidden other tokens: above after 1 and after 3 of them.
+    cuts = random_numbers(noise[0], n_hidden - 1, n_spans - 1) + 1  # (B, n_spans - 1)
+    places = random_numbers(noise[1], T - n_hidden + 1, n_spans)  # (B, n_spans)
+    starts = places + F.pad(cuts, (1, 0))  # where each span starts: above 1 and 4
+    ends = places + F.pad(cuts, (0, 1), value=n_hidden)  # the position after it: above 2 and 6
 
-    spans = random_lengths(noise[0], n_hidden, n_spans)
-    gaps = random_lengths(noise[1], T - n_hidden + 2, n_spans + 1)
-    gaps[:, 0] -= 1  # a text may begin with a span; it ends with one if the last gap, which is one longer, is 1
-    # Parts of the text, 0 to 2 n_spans: gap, span, gap, span, ... Spans have the odd numbers.
-    ends = torch.stack([gaps[:, :-1], spans], dim=-1).flatten(1).cumsum(1)
-    part = torch.searchsorted(ends, torch.arange(T, device=text.device).repeat(B, 1), right=True)  # (B, T)
+    # A new part begins at each start and each end; their running count is the number of the part.
+    text = F.pad(text, (0, 1))  # (B, T + 1): the last end may be T. The id does not matter
+    edges = torch.cat([starts, ends], 1)  # (B, 2 n_spans)
+    begins = torch.zeros_like(text, dtype=torch.bool).scatter(1, edges, True)  # (B, T + 1)
+    part = begins.cumsum(1)
     hidden = part % 2 == 1
-    first = hidden & (part.diff(prepend=part.new_zeros(B, 1)) > 0)
-    both = torch.stack([cfg.vocab_size + part // 2, text], dim=-1)  # (B, T, 2): a sentinel goes before its span
-    source, target = (both[torch.stack([first, tokens], dim=-1)].view(B, -1) for tokens in (~hidden, hidden))
-    return source, F.pad(target, (0, 1), value=cfg.vocab_size + n_spans)
+
+    # The first token of what becomes a sentinel is replaced by it, and the rest is left out.
+    sentinel = cfg.vocab_size + part // 2
+    source = pick(sentinel.where(hidden, text), begins | ~hidden, T - n_hidden + n_spans)
+    target = pick(text.where(hidden, sentinel), begins | hidden, n_hidden + n_spans)
+    return source, F.pad(target, (1, 0), value=cfg.vocab_size)  # <0> is the gap before any edge
+
+
+@torch.compiler.disable  # it cannot compile generators
+def fixed_noise(text):
+    """Noise (2, B, T) for texts (B, T). The seed for each text is the sum of its ids, so its noise
+    does not depend on the batch that it is in."""
+    rows = [
+        torch.rand(2, len(ids), generator=torch.Generator().manual_seed(sum(ids)))
+        for ids in text.tolist()
+    ]
+    return torch.stack(rows, 1).to(text.device)
 
 
 # What every model file has. The training loop below and sample.py ask for no more than this:
@@ -291,150 +391,281 @@ def hide_spans(text, noise, cfg):
 #   configure_optimizer, learning_rate, grow    three functions that the training loop calls
 
 
-@torch.compiler.disable  # it cannot compile generators
-def fixed_noise(text):
-    """Uniform numbers (2, B, T) that depend on the text (B, T) alone: the seed of a row is the sum of its ids."""
-    seeded = [torch.Generator().manual_seed(sum(row)) for row in text.tolist()]
-    return torch.stack([torch.rand(2, text.size(1), generator=g) for g in seeded], dim=1).to(text.device)
-
-
 class Model(nn.Module):
-    """A transformer. For `next`, model(idx) -> logits (B, T, V); model(idx, targets) -> mean cross-entropy in nats, a
-    scalar, with smoothed labels in training; model(idx, cache=cache) -> logits (B, 1, V) for the token after idx, which
-    continues what the cache has seen. Otherwise, model(idx, targets) hides some of idx and scores that. In a prompt ids
-    from vocab_size on stand for what is hidden: in `masked`, row i of model(idx) names token i; `spans` needs a cache,
-    and the decoder's tokens follow the encoder's, beginning with the first sentinel again.
-    Raises ValueError for sizes and names that do not fit, and for a text longer than block_size."""
+    """A decoder (next), an encoder (masked), or both (spans). Besides what is said above:
 
-    ahead = 1  # row i of the logits scores token i + ahead
+    model(idx, targets)      masked, spans: hides some of idx, and scores what is hidden. A row of
+                             targets that ends with -1 says that this text does not count
+    model(idx)               masked: row i scores token i itself; a hidden token is vocab_size
+    model(idx, cache=cache)  spans: the first tokens are those of the encoder, with a sentinel for
+                             each span; then those of the decoder, from the first sentinel on
+
+    Raises UserError if an option has an impossible value, or a text is longer than block_size.
+    """
+
+    ahead = 1
 
     def __init__(self, cfg):
         super().__init__()
-        d_k = cfg.head_dim or cfg.n_embd // cfg.n_head
-        valid = dict(objective="next masked spans", position="sinusoid learned rotary relative")
-        for name, choices in [*valid.items(), ("ff", "relu gelu geglu swiglu")]:
-            if getattr(cfg, name) not in choices.split():
-                raise UserError(f"{name} {getattr(cfg, name)!r} is invalid: choose one of {choices}")
-        if (cfg.n_embd % cfg.n_head and not cfg.head_dim) or cfg.n_embd % 2:
-            raise UserError(f"n_embd {cfg.n_embd} is not even, or not a multiple of n_head {cfg.n_head}")
-        if cfg.n_head % (cfg.n_kv_head or cfg.n_head):
-            raise UserError(f"n_head {cfg.n_head} is not a multiple of n_kv_head {cfg.n_kv_head}")
-        if not cfg.cross_kv and (cfg.n_embd % d_k or cfg.n_head % (cfg.n_embd // d_k)):
-            raise UserError(f"n_head {cfg.n_head} is not a multiple of n_embd / head_dim, as --no-cross-kv needs")
-        self.cfg, spans = cfg, cfg.objective == "spans"
-        self.likelihood = cfg.objective == "next"  # of the text: the loss has a meaning in bits per byte
-        extra = hidden_lengths(cfg, cfg.block_size)[1] + 1 if spans else cfg.objective == "masked"
-        self.n_logits = cfg.vocab_size + extra * spans  # sentinels are written, too
-        padded = math.ceil((cfg.vocab_size + extra) / 64) * 64  # for faster matmuls; padded logits are sliced off
-        self.embedding = nn.Embedding(padded, cfg.n_embd)
+        for name, choices in CHOICES.items():
+            if getattr(cfg, name) not in choices:
+                raise UserError(f"--{name}: choose one of {', '.join(choices)}")
+        if not 0 < cfg.hide < 1:
+            raise UserError(f"--hide {cfg.hide} must be above 0 and below 1")
+        if cfg.span_length < 1:
+            raise UserError(f"--span-length {cfg.span_length} must be at least 1")
+        objective = cfg.objective
+        spans = objective == "spans"
+        n_hidden, n_spans = hidden_lengths(cfg, cfg.block_size)
+        if spans and n_hidden + n_spans > cfg.block_size:
+            raise UserError(f"--hide {cfg.hide} leaves too few tokens between the {n_spans} spans")
+        self.cfg = cfg
+        self.causal = objective != "masked"  # whether self.h is a decoder
+        self.likelihood = objective == "next"
+
+        # Ids past vocab_size: a mask id, which is only read; or sentinels, also predicted.
+        n_extra = {"next": 0, "masked": 1, "spans": n_spans + 1}[objective]
+        self.n_logits = cfg.vocab_size + (n_extra if spans else 0)
+        padded = math.ceil((cfg.vocab_size + n_extra) / 64) * 64  # such products are faster
+
+        self.wte = nn.Embedding(padded, cfg.n_embd)
         self.drop = nn.Dropout(cfg.dropout)
         if cfg.position == "learned":
-            self.position_embedding = nn.Embedding(cfg.block_size, cfg.n_embd)
-        table = positions(cfg.block_size, d_k if cfg.position == "rotary" else cfg.n_embd)
-        self.register_buffer("positions", table, persistent=False)
-        self.h = nn.ModuleList(Block(cfg, cross=spans) for _ in range(cfg.n_layer))
+            self.wpe = nn.Embedding(cfg.block_size, cfg.n_embd)
+        self.h = nn.ModuleList(Block(cfg, spans) for _ in range(cfg.n_layer))
         if spans:
             self.encoder = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layer))
-        self.head = nn.Linear(cfg.n_embd, padded)
+        self.lm_head = nn.Linear(cfg.n_embd, padded)
         for name, p in self.named_parameters():
-            if "embedding" in name:
-                nn.init.normal_(p, std=cfg.n_embd**-0.5)  # times sqrt(C): about as large as the sinusoids
-            elif p.dim() == 2:
+            if name in ("wte.weight", "wpe.weight"):
+                nn.init.normal_(p, std=cfg.n_embd**-0.5)  # times sqrt(C): as large as the sinusoids
+            elif p.dim() >= 2:
                 nn.init.xavier_uniform_(p)
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
-        if cfg.position == "relative":  # biases (32, nh) of buckets and heads, for all layers; first the encoder's
-            # Each head begins with what is near, at its own scale, as in ALiBi (Press et al. 2022, arXiv 2108.12409).
-            near = [-(torch.arange(32.0)[:, None] % n) * 0.5 ** torch.arange(cfg.n_head)
-                    for n in {"next": [32], "masked": [16], "spans": [16, 32]}[cfg.objective]]  # fmt: skip
-            self.relative_embedding = nn.ModuleList(nn.Embedding.from_pretrained(b, freeze=False) for b in near)
+
+        width = self.h[0].attn.d_k if cfg.position == "rotary" else cfg.n_embd
+        if width % 2:
+            raise UserError(f"{width} channels (n_embd; in rotary, head_dim): an odd number")
+        self.register_buffer("positions", positions(cfg.block_size, width), persistent=False)
+        if cfg.position == "relative":
+            # The biases of buckets and heads, (32, n_head). All blocks of a stack use one table,
+            # which is in the first block. A bias begins as minus the bucket's number on its side,
+            # times 1, 1/2, 1/4, ... in the heads. So each head begins with what is near, at a scale
+            # of its own, as in ALiBi (Press et al. 2022, arXiv 2108.12409). T5 begins near zero.
+            slope = 0.5 ** torch.arange(cfg.n_head)
+            bucket = torch.arange(32.0)[:, None]
+            self.h[0].relative_bias = nn.Parameter(-slope * (bucket % (32 if self.causal else 16)))
+            if spans:
+                self.encoder[0].relative_bias = nn.Parameter(-slope * (bucket % 16))
 
     def noise(self, text):
-        """Uniform numbers (2, B, T) by which to hide tokens of text (B, T): in training of the step's random state, in
-        evaluation of the text, so that every model, step and micro_batch is scored on the same hidden tokens."""
+        """The noise (2, B, T) that decides which tokens of text (B, T) are hidden. In evaluation it
+        depends on the text alone, so that all models are scored on the same hidden tokens."""
         if self.training:
             return torch.rand(2, *text.shape, device=text.device)
         return fixed_noise(text)
 
     def run(self, blocks, idx, causal, past=0, memory=None, cache=None):
-        """Embeds tokens (B, T), `past` positions from the start, and runs one of the two stacks of figure 1 on them:
-        (B, T, C). The mask alone makes a decoder of an encoder: if `causal`, a position sees those up to its own."""
-        end, position = past + idx.size(1), self.cfg.position
+        """Runs one of the two stacks of figure 1: tokens (B, T), which begin at position `past`, ->
+        (B, T, C). If causal it is a decoder: a position sees itself, and all before it. memory has
+        the keys and values for cross-attention, a pair for each block."""
+        position = self.cfg.position
+        end = past + idx.size(1)
         if end > self.cfg.block_size:
             raise UserError(f"{end} tokens do not fit block_size {self.cfg.block_size}")
-        x, table = self.embedding(idx), self.positions[past:end]
+
+        # The embedding of tokens and positions.
+        x = self.wte(idx)  # (B, T, C)
+        table = self.positions[past:end]
         if position == "learned":
-            x = x + self.position_embedding.weight[past:end]
-        x = math.sqrt(self.cfg.n_embd) * x + (table if position == "sinusoid" else 0.0)
-        key = torch.arange(end, device=idx.device)
-        distance = key - key[past:, None]  # (T, past + T), of each key from each query: negative to the left
-        # Query t has position past + t and sees the keys up to there: 0 is added to their scores, -inf to all others.
-        mask = x.new_zeros(distance.shape).masked_fill(distance > 0, -math.inf if causal else 0.0)
+            x = x + self.wpe.weight[past:end]
+        x = math.sqrt(self.cfg.n_embd) * x
+        if position == "sinusoid":
+            x = x + table
+        x = self.drop(x)
+        rotation = table if position == "rotary" else None
+
+        # The mask is added to the scores: 0, or a bias, for a key that a query may see, else -inf.
+        keys = torch.arange(end, device=idx.device)
+        distance = keys - keys[past:, None]  # (T, S), from query to key: negative to the left
+        mask = x.new_zeros(distance.shape)
         if position == "relative":
-            mask = mask + self.relative_embedding[-1 if causal else 0](buckets(distance, causal)).permute(2, 0, 1)
-        x, rotation = self.drop(x), table if position == "rotary" else None
+            bias = F.embedding(buckets(distance, causal), blocks[0].relative_bias)  # (T, S, n_head)
+            mask = bias.permute(2, 0, 1)
+        if causal:
+            mask = mask.masked_fill(distance > 0, -math.inf)
+
+        # The blocks.
         for layer, block in enumerate(blocks):
-            x = block(x, mask, rotation, memory and memory[layer], cache, layer)
+            block_memory = memory[layer] if memory else None
+            x = block(x, mask, rotation, block_memory, cache, layer)
         return x
 
     def forward(self, idx, targets=None, cache=None):
-        objective, source, hidden = self.cfg.objective, None, targets
-        if objective == "masked" and targets is not None:
-            idx, hidden = hide_tokens(idx, self.noise(idx), self.cfg, self.training)
-        elif objective == "spans" and cache is None:
-            source, spans = hide_spans(idx, self.noise(idx), self.cfg)
-            idx, hidden = spans[:, :-1], spans[:, 1:]
-        elif objective == "spans" and cache.length == 0:  # the first sentinel again: from there on it is the decoder's
-            start = (idx[0] == self.cfg.vocab_size).nonzero()[1].item()
-            source, idx = idx[:, :start], idx[:, start:]
-        memory, past = (cache.memory, cache.length - cache.source) if cache is not None else (None, 0)
-        if source is not None:  # each layer's keys and values of the encoder's output are computed once for a text
-            encoded = self.run(self.encoder, source, causal=False)
-            memory = [block.cross.keys_and_values(encoded) for block in self.h]
-            if cache is not None:
-                cache.memory, cache.source, cache.length = memory, source.size(1), source.size(1)
-        x = self.run(self.h, idx, objective != "masked", past, memory, cache)
         if cache is not None:
-            cache.length += idx.size(1)
-            x = x[:, -self.ahead :]
+            return self.decode(idx, cache)
+
+        # Hide something. Then the network reads idx, and should predict `answers`, but not where
+        # they are -1.
+        cfg = self.cfg
+        memory = None
+        answers = targets
+        if cfg.objective == "masked" and targets is not None:
+            idx, answers = hide_tokens(idx, self.noise(idx), cfg, self.training)
+        if cfg.objective == "spans":
+            source, spans = hide_spans(idx, self.noise(idx), cfg)
+            memory = self.encode(source)
+            idx, answers = spans[:, :-1], spans[:, 1:]
+
+        x = self.run(self.h, idx, self.causal, memory=memory)  # (B, T, C)
         if targets is None:
-            return self.head(x)[..., : self.n_logits]  # (B, T, V)
-        if objective != "next":
-            hidden = hidden.masked_fill(targets[:, -1:] < 0, -1)  # evaluation fills up batches with such rows
-        loss = linear_cross_entropy(x, self.head.weight, hidden, self.n_logits, self.head.bias)
-        if self.training and self.cfg.label_smoothing > 0:
-            loss = loss + self.cfg.label_smoothing * self.smoothing(x, hidden)
+            return self.lm_head(x)[..., : self.n_logits]  # (B, T, V)
+        if cfg.objective != "next":  # evaluate fills up its last batch with rows of -1
+            answers = answers.masked_fill(targets[:, -1:] < 0, -1)
+        loss = linear_cross_entropy(
+            x, self.lm_head.weight, answers, self.n_logits, self.lm_head.bias
+        )
+        if self.training and cfg.label_smoothing:
+            loss = loss + cfg.label_smoothing * self.smoothing(x, answers)
         return loss
 
-    def smoothing(self, x, targets):
-        """What label smoothing (5.4) adds to the cross-entropy, divided by epsilon: log-probability of the target minus
-        the mean over the vocabulary, which is logit of the target - mean logit, without (B, T, V) logits; a scalar."""
-        weight, bias = (p[: self.n_logits] for p in (self.head.weight, self.head.bias))
-        w, b = weight[targets] - weight.mean(0), bias[targets] - bias.mean()  # (B, T, C), (B, T)
-        difference = (x * w).sum(-1) + b  # elementwise, so autocast leaves it in float32
-        counted = targets >= 0
-        return (difference * counted).sum() / counted.sum()
+    def encode(self, source):
+        """The keys and values of the encoder's output for source (B, S): a pair for each block of
+        the decoder, which attends to it."""
+        x = self.run(self.encoder, source, causal=False)  # (B, S, C)
+        return [block.cross.keys_and_values(x) for block in self.h]
+
+    def decode(self, idx, cache):
+        """Reads the new tokens idx (B, T). Logits (B, 1, V) of the token after them."""
+        if self.cfg.objective == "spans" and cache.length == 0:
+            # The encoder's text has the first sentinel once. Where it comes for the second time,
+            # the decoder's text begins, in all rows at the same position.
+            start = (idx[0] == self.cfg.vocab_size).nonzero()[1].item()
+            cache.memory = self.encode(idx[:, :start])
+            cache.source = start
+            idx = idx[:, start:]
+        x = self.run(self.h, idx, self.causal, cache.past, cache.memory, cache)
+        cache.past += idx.size(1)
+        return self.lm_head(x[:, -1:])[..., : self.n_logits]
+
+    def smoothing(self, x, answers):
+        """What label smoothing (5.4) adds to the loss, divided by epsilon. Instead of probability 1
+        for the answer y, the targets are 1 - epsilon for y, plus epsilon / V for each of V tokens:
+
+            loss = (1 - epsilon) * (-log p[y]) + epsilon * mean(-log p)
+                 = -log p[y] + epsilon * (log p[y] - mean(log p))
+                 = -log p[y] + epsilon * (logit[y] - mean(logit))
+
+        since log p is logit minus a number that is the same for all tokens. The difference of the
+        logits is linear in x (B, T, C): so it is computed without (B, T, V) logits.
+        """
+        weight = self.lm_head.weight[: self.n_logits]
+        bias = self.lm_head.bias[: self.n_logits]
+        w = weight[answers] - weight.mean(0)  # (B, T, C)
+        b = bias[answers] - bias.mean()  # (B, T)
+        difference = (x * w).sum(-1) + b  # no matrix product, so autocast computes it in float32
+        counts = answers >= 0
+        return (difference * counts).sum() / counts.sum()
 
     def new_cache(self, batch_size):
-        attn = self.h[0].attn
-        shape = (self.cfg.n_layer, batch_size, attn.n_kv_head, self.cfg.block_size, attn.d_k)
-        return Cache(shape, self.head.weight)
+        return Cache(self, batch_size)
+
+
+class Cache:
+    """The keys and values of all tokens read so far, so that one more token costs the work of one.
+
+    They stay valid, because the keys and values of a token do not depend on later tokens: attention
+    looks back only, and everything else in the network treats each position by itself.
+
+    With --objective spans, the first tokens are read by the encoder, and the later ones by the
+    decoder. Then kv is of the decoder, and memory of the encoder's output.
+    """
+
+    def __init__(self, model, batch_size):
+        cfg = model.cfg
+        attn = model.h[0].attn
+        shape = (cfg.n_layer, 2, batch_size, attn.n_kv_head, cfg.block_size, attn.d_k)
+        self.kv = model.wte.weight.new_empty(shape)  # [:, 0] are keys, [:, 1] values
+        self.past = 0  # positions that are filled, the same in all layers
+        self.source = 0  # tokens that the encoder has read
+        self.memory = []  # a pair for each layer: keys and values for cross-attention
+
+    @property
+    def length(self):
+        """The number of tokens read so far."""
+        return self.source + self.past
+
+    def append(self, layer, k, v):
+        """Stores the new keys and values of a layer, both (B, nh, T, d_k), and returns those of all
+        tokens, (2, B, nh, past + T, d_k). When all layers have done so, `past` goes up by T."""
+        kv = self.kv[layer, ..., : self.past + k.size(2), :]
+        kv[0, :, :, self.past :] = k
+        kv[1, :, :, self.past :] = v
+        return kv
+
+    def select(self, rows):
+        """Text i is replaced by text rows[i]. Beam search does this at every step, so only the
+        positions that are filled are copied."""
+        self.memory = [(k[rows], v[rows]) for k, v in self.memory]
+        if len(rows) != self.kv.size(2):  # another number of texts
+            self.kv = self.kv[:, :, rows]
+        else:
+            filled = self.kv[..., : self.past, :]
+            filled[:] = filled[:, :, rows]
+
+
+# Named sizes and their training. `masked` and `spans` read as many tokens in as many steps.
+BLANKS = dict(
+    position="relative",
+    block_size=128,
+    n_head=4,
+    n_embd=128,
+    n_ff=512,
+    batch_size=16,
+    micro_batch=16,
+    max_steps=3000,
+    log_interval=100,
+    warmup_steps=300,
+    label_smoothing=0.0,
+)
+PRESETS = {
+    "demo": dict(
+        n_layer=2,
+        n_head=4,
+        n_embd=128,
+        n_ff=512,
+        batch_size=8,
+        micro_batch=8,
+        max_steps=950,
+        eval_interval=250,
+        log_interval=50,
+        warmup_steps=200,
+    ),
+    "masked": dict(objective="masked", hide=0.3, n_layer=4, learning_rate=4e-3, **BLANKS),
+    "spans": dict(objective="spans", n_layer=2, learning_rate=1.5e-3, **BLANKS),
+}
 
 
 # The three functions that the training loop calls. Each model file has its own.
 
 
 def configure_optimizer(model, cfg):
-    """Adam (Kingma and Ba 2015) with the betas and epsilon of 5.3."""
+    """Adam (Kingma and Ba 2015) with the betas and the epsilon of 5.3."""
     return torch.optim.Adam(model.parameters(), betas=(0.9, 0.98), eps=1e-9, fused=True)
 
 
 def learning_rate(step, cfg):
-    """Learning rate at step `step`, counted from 0: n_embd^-0.5 min(s^-0.5, s warmup^-1.5), s counted from 1 (5.3,
-    equation 3). Its peak at s = warmup is (n_embd warmup)^-0.5; --learning-rate sets another peak."""
-    warmup = max(1, min(cfg.warmup_steps, cfg.max_steps // 2))  # a short run reaches the peak, too
+    """At step `step`, counted from 0. By equation 3 of 5.3 it is, with s = step + 1,
+
+        n_embd^-0.5 min(s^-0.5, s warmup_steps^-1.5)
+
+    which rises to (n_embd warmup_steps)^-0.5 at s = warmup_steps, and then falls. If learning_rate
+    is not 0, it is the peak instead. A short run reaches the same peak sooner.
+    """
     peak = cfg.learning_rate or (cfg.n_embd * max(1, cfg.warmup_steps)) ** -0.5
-    s = (step + 1) / warmup
+    warmup = max(1, min(cfg.warmup_steps, cfg.max_steps // 2))  # at most half of a short run
+    s = (step + 1) / warmup  # 1 at the peak
     return peak * min(s**-0.5, s)
 
 
@@ -701,7 +932,7 @@ def choose_device(device="auto", dtype="auto"):
     try:
         device = torch.zeros(1, device=device).device
     except (RuntimeError, AssertionError) as e:
-        raise UserError(f"--device {device}: {str(e).splitlines()[0]}. Try --device cpu") from e
+        raise UserError(f"--device {device}: {str(e).split('. ')[0]}. Try --device cpu") from e
     if device.type == "cuda":
         torch.cuda.set_device(device)  # the GPU of this process, from now on
 
@@ -716,16 +947,16 @@ def choose_device(device="auto", dtype="auto"):
     return device, getattr(torch, dtype)
 
 
-def number(kind, least):
+def at_least(least, kind):
     """Returns a function that reads an int or a float from the command line, `least` or more."""
 
-    def read(text):
+    def number(text):
         value = kind(text)
         if not value >= least:  # so that nan is refused, too
             raise argparse.ArgumentTypeError(f"{text}: at least {least} is needed")
         return value
 
-    return read
+    return number
 
 
 def make_parser():
@@ -736,7 +967,7 @@ def make_parser():
     add("--preset", choices=PRESETS, help="a named size with its training")
     add("--eval-only", action="store_true", help="evaluate --init-from, or ckpt.pt in --out")
     add("--split", default="val", help="what is evaluated at the end: train, val or test")
-    add("--stride", type=number(int, 1), help="at the end: each window scores STRIDE targets")
+    add("--stride", type=at_least(1, int), help="at the end: each window scores STRIDE targets")
     start = parser.add_mutually_exclusive_group()
     start.add_argument("--resume", action="store_true", help="continue the run in --out")
     start.add_argument("--init-from", metavar="CKPT", help="start a new run from these weights")
@@ -747,7 +978,7 @@ def make_parser():
         kind = {"type": field.type}
         if field.type in (int, float):
             least = int(field.type is int and field.name not in MAY_BE_ZERO)
-            kind["type"] = number(field.type, min(least, field.default))
+            kind["type"] = at_least(min(least, field.default), field.type)
         if field.type in (bool, bool | None):
             kind = {"action": argparse.BooleanOptionalAction}  # --compile and --no-compile
         if field.name == "dtype":
@@ -951,8 +1182,10 @@ def train(cfg, options, ckpt):
             loss, n_signals = add_up([loss, len(signals)], device)
             stopped = n_signals > 0
             if not (math.isfinite(loss) and (math.isfinite(norm) or scaler.is_enabled())):
-                problem = f"loss {loss}, gradient norm {norm}"
-                raise UserError(f"step {step + 1}: {problem}. {out}/ckpt.pt is from before it")
+                raise UserError(
+                    f"step {step + 1}: loss {loss}, gradient norm {norm}. "
+                    f"{out}/ckpt.pt is from before it"
+                )
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad()
@@ -990,12 +1223,16 @@ def train(cfg, options, ckpt):
 
     if not options.eval_only:
         grow(model, optimizer, cfg, step)
-        file = out / "ckpt.pt"
-        if best < last_val:
-            file = out / "best.pt"
-            print0(f"best: {best:.4f} at step {read_checkpoint(file)['step']:,}, {file}")
-        text = f"{step:,} steps, {seconds:.0f} s; --resume continues, also to other --max-steps."
-        print0(f"{text} Try python sample.py --ckpt '{file}'")
+        name = "ckpt.pt"
+        if rank == 0 and best < last_val:
+            name = "best.pt"
+            print0(
+                f"best: {best:.4f} at step {read_checkpoint(out / name)['step']:,}, {out / name}"
+            )
+        print0(
+            f"{step:,} steps, {seconds:.0f} s; --resume continues, also to other --max-steps. "
+            f"Try python sample.py --ckpt '{out / name}'"
+        )
 
     # At the end, a whole split is evaluated, not only its first eval_tokens.
     split = options.split
@@ -1017,10 +1254,13 @@ def main(argv=None):
         sys.exit(130)  # as in a shell
     except (UserError, OSError, MemoryError) as e:
         sys.exit(f"{FILE}: {e}")
-    except RuntimeError as e:  # what torch raises for a CPU out of memory, and for a full disk
-        if not isinstance(e, torch.OutOfMemoryError) and "enforce fail" not in str(e):
+    except RuntimeError as e:  # "enforce fail": no memory on a CPU, or no space on the disk
+        if not re.search(r"enforce fail|out of memory|C(\+\+)? compiler", str(e)):
             raise
-        sys.exit(f"{FILE}: out of memory, or of space on the disk ({str(e).splitlines()[0]})")
+        sys.exit(
+            f"{FILE}: no memory, no space on the disk, or no compiler (--no-compile): "
+            f"{str(e).splitlines()[0]}"
+        )
 
 
 if __name__ == "__main__":
