@@ -398,10 +398,10 @@ def find_files(args):
         return drop_identical(python_files(packages=args.name == "python"))
     if path.is_dir():
         return find_texts(path)
-    if kind(path) in UNPACK:
-        raise UserError(f"{path}: unpack it first: {UNPACK[kind(path)]} '{path}'")
     if not path.exists():
         raise UserError(f"{path}: not a file, not a folder, and none of {', '.join(NAMES)}")
+    if kind(path) in UNPACK:
+        raise UserError(f"{path}: unpack it first: {UNPACK[kind(path)]} '{path}'")
     return [path]
 
 
@@ -558,14 +558,16 @@ def read_fields(path, fields, notes):
     rows = read_parquet(path, fields) if kind(path) == ".parquet" else read_json(path)
     for number, row in enumerate(rows, 1):
         if not isinstance(row, dict):
-            raise UserError(f"{path}: row {number:,} is a {type(row).__name__}, and has no fields")
+            raise UserError(
+                f"{path}: row {number:,} is of type {type(row).__name__}, not an object"
+            )
         first = first or row
         missing -= row.keys()
         texts = []
         for field in fields:
             text = row.get(field)
             if not isinstance(text, str | None):
-                problem = f"is a {type(text).__name__}, not a text. --field names the text"
+                problem = f"is of type {type(text).__name__}. --field names the text"
                 raise UserError(f"{path}: row {number:,}: {field} {problem}")
             if text and text.strip():
                 texts.append(text)
@@ -901,7 +903,7 @@ def parse(argv):
     add("--force", action="store_true", help="overwrite a data set that was made otherwise")
     add("--check", action="store_true", help="check the files in the folder, and stop")
     args = parser.parse_args(argv)
-    defaults = DATASETS.get(args.name, DataSet)
+    defaults = DATASETS.get(args.name, DataSet)  # the class has those of all other texts
     if args.field is None:
         args.field = defaults.field
     if args.val_fraction is None:

@@ -417,7 +417,9 @@ def test_if_no_row_has_the_field_one_line_names_those_of_the_first_row(kind, fie
 def test_a_field_that_holds_no_text_is_an_error_with_row_and_type(kind, value, name):
     path = write_rows(f"a{kind}", [{"q": "one", "text": None}, {"q": "two", "text": value}])
     for field in ("text", "q,text"):
-        assert f"a{kind}: row 2: text is a {name}, not a text" in error(path, "--field", field)
+        assert f"a{kind}: row 2: text is of type {name}. --field names the text" in error(
+            path, "--field", field
+        )
 
 
 # --- data sets
@@ -610,10 +612,10 @@ def test_check_finds_each_kind_of_damage():
 BAD_LINES = [
     (b"plain", "line 42: not JSON"),
     (b'{"text": "a"', "line 42: not JSON"),
-    (b"[1]", "row 41 is a list"),
-    (b'"text"', "row 41 is a str"),
-    (b"null", "row 41 is a NoneType"),
-    (b'{"text": 5}', "row 41: text is a int"),
+    (b"[1]", "row 41 is of type list"),
+    (b'"text"', "row 41 is of type str"),
+    (b"null", "row 41 is of type NoneType"),
+    (b'{"text": 5}', "row 41: text is of type int"),
     (b'{"text": "\xff"}', "a.jsonl: byte 691 is not utf-8"),
 ]
 GOOD_LINES = b"\n" + b'{"text": "good"}\n' * 40
@@ -640,7 +642,7 @@ BAD_RUNS = [  # arguments, content of the file, message
 ]
 
 
-@pytest.mark.parametrize("command, content, message", BAD_RUNS)
+@pytest.mark.parametrize("command, content, message", BAD_RUNS, ids=[run[2] for run in BAD_RUNS])
 def test_a_failing_run_is_one_line_and_leaves_the_old_set_or_no_folder(command, content, message):
     name, *options = command.split()
     options = ["--tokenizer", "bpe:300", *options]
