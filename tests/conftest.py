@@ -25,7 +25,7 @@ BANNER = "# --- training: the same lines in every model file ---"
 MODEL_FILES = sorted(p.stem for p in ROOT.glob("*.py") if BANNER in p.read_text(encoding="utf-8"))
 # float32, because `auto` is bfloat16 on newer CPUs, whose rounding would hide what is compared.
 TINY = """--n-embd 48 --block-size 64 --batch-size 4 --micro-batch 2 --warmup-steps 5
-          --log-interval 1 --eval-tokens 512 --device cpu --dtype float32""".split()
+          --log-interval 1 --eval-tokens 512 --device cpu --dtype float32 --max-steps 1""".split()
 FEW_LAYERS = {"gpt2": 1, "mixer": 1, "progressive": 4, "scratch_former": 1}
 FEW_LAYERS["conv_attention"] = "1,0,0,1,0,0,1"
 

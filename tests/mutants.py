@@ -31,15 +31,17 @@ def plant(folder, files, old, new):
     names = MODEL_FILES if files in ("training", "networks") else [files.removesuffix(".py")]
     for path in (folder / f"{name}.py" for name in names):
         text = path.read_text(encoding="utf-8")
-        above, banner, below = text.partition(BANNER)
-        part = below if files == "training" else above
-        if part.count(old) == 1:
-            before[path] = text
-            changed = part.replace(old, new)
-            text = above + banner + changed if files == "training" else changed + banner + below
-            path.write_text(text, encoding="utf-8")
-        elif part.count(old) or files != "networks":
+        part = text
+        if files == "training":
+            part = text[text.index(BANNER) :]
+        elif files == "networks":
+            part = text[: text.index(BANNER)]
+            if old not in part:
+                continue
+        if part.count(old) != 1:
             return {}
+        before[path] = text
+        path.write_text(text.replace(part, part.replace(old, new)), encoding="utf-8")
     return before
 
 
