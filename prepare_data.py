@@ -195,7 +195,7 @@ def load_tokenizer(name, ranks=""):
     if name.startswith("bpe:"):
         tokens = [base64.b64decode(line.split()[0]) for line in ranks.splitlines()]
     elif name != "bytes":
-        names = "bpe:N, bytes, gpt2, r50k_base, p50k_base, p50k_edit or a folder in data"
+        names = "bpe:N, bytes, gpt2, r50k_base, p50k_base, p50k_edit or a folder of token files"
         why = f"other tokenizers of tiktoken have more than {MAX_IDS:,} ids: too many for 16 bits"
         raise UserError(f"tokenizer {name}: use {names}; {why}")
     ids = {token: i for i, token in enumerate(tokens)}
@@ -558,9 +558,7 @@ def read_fields(path, fields, notes):
     rows = read_parquet(path, fields) if kind(path) == ".parquet" else read_json(path)
     for number, row in enumerate(rows, 1):
         if not isinstance(row, dict):
-            raise UserError(
-                f"{path}: row {number:,} is of type {type(row).__name__}, not an object"
-            )
+            raise UserError(f"{path}: row {number:,} is of type {type(row).__name__}, not a dict")
         first = first or row
         missing -= row.keys()
         texts = []
@@ -875,7 +873,7 @@ def prepare_weights(name, out):
         "n_head": n_embd // 64,  # in all four, a head has 64 channels
         "n_embd": n_embd,
     }
-    tokenizer = {"name": "gpt2", "eot": 50256, "vocab_size": 50257, "ranks": ""}
+    tokenizer = {"name": "gpt2", "ranks": ""}
     ckpt = {"model_file": "gpt2.py", "config": config, "tokenizer": tokenizer, "model": model}
     out.mkdir(parents=True, exist_ok=True)
     temporary = out / "ckpt.pt.tmp"

@@ -26,6 +26,7 @@ import numpy as np
 import pytest
 import regex
 import tiktoken
+import urllib3
 from conftest import argv, load, refused, rows
 
 import prepare_data
@@ -405,7 +406,7 @@ def test_a_row_with_one_of_two_fields_has_the_text_of_that_one(capsys):
 @pytest.mark.parametrize("kind", [".jsonl", ".parquet"])
 @pytest.mark.parametrize("field, missing", [("text", "text"), ("body,text,a", "a, text")])
 def test_if_no_row_has_the_field_one_line_names_those_of_the_first_row(kind, field, missing):
-    path = write_rows(f"a{kind}", [{"body": "one", "id": 1}, {"body": "two", "id": 2}])
+    path = write_rows(f"a{kind}", [{"body": "one", "id": 1}, {"body": "two", "z": 2}])
     there = f"a{kind}: no row has the field {missing}; the first row has body, id"
     assert there in error(path, "--field", field)
     run_bytes(path, "--field", "body")
@@ -852,6 +853,19 @@ def test_a_download_is_the_file_or_one_line_after_three_tries(name, server, monk
     assert list(contents("data").values()) == [BODY]
     assert server.ranges[: len(ranges)] == ranges
     assert len(server.ranges) == len(ranges) + ("fails" in name)
+
+
+def test_a_download_that_ends_early_is_noticed_with_an_older_urllib3_too(server, monkeypatch):
+    """Before version 2, urllib3 did not compare the length."""
+    init = urllib3.HTTPResponse.__init__
+
+    def old_init(self, *args, **options):
+        init(self, *args, **(options | {"enforce_content_length": False}))
+
+    monkeypatch.setattr(urllib3.HTTPResponse, "__init__", old_init)
+    server.answers = [{"send": 70_000}, {"send": 70_000}, {}]
+    path = prepare_data.download(f"{server.url}/input.txt", Path("input.txt"))
+    assert path.read_bytes() == BODY
 
 
 HUB_FILES = {  # the files of large data sets on the hub, and how many there are
