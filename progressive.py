@@ -90,7 +90,7 @@ class Config:
 
 
 class LoRALinear(nn.Linear):
-    """A linear layer. From stage 2 on, W is frozen, and A and B are trained:
+    """A linear layer, y = W x + bias. From stage 2 on, W is frozen, and A and B are trained:
 
     y = (W + (alpha / rank) B A) x + bias
     """
@@ -105,8 +105,8 @@ class LoRALinear(nn.Linear):
             self.lora_b = nn.Parameter(torch.zeros(n_out, cfg.lora_rank))
 
     def matrix(self):
-        """W + (alpha / rank) B A, (n_out, n_in). In training, to add them up costs less than to
-        multiply each token by A, then by B."""
+        """W + (alpha / rank) B A, (n_out, n_in). A batch has so many tokens that this sum costs
+        less than multiplying each of them by A, and then by B."""
         if not self.has_lora:
             return self.weight
         return self.weight + self.scale * (self.lora_b @ self.lora_a)
@@ -202,7 +202,10 @@ class Model(nn.Module):
         if cfg.n_embd % cfg.n_head:
             raise UserError(f"n_embd {cfg.n_embd} is not a multiple of n_head {cfg.n_head}")
         if cfg.n_layer % 4 or cfg.stage not in (1, 2, 3):
-            raise UserError(f"n_layer {cfg.n_layer} % 4 must be 0, and stage {cfg.stage} 1, 2 or 3")
+            raise UserError(
+                f"n_layer {cfg.n_layer} must be a multiple of 4, and stage {cfg.stage} must be "
+                "1, 2 or 3"
+            )
         if not re.fullmatch(r"[\d.]+,[\d.]+", cfg.stages):
             raise UserError(f"stages {cfg.stages!r} must be two fractions, such as 0.05,0.15")
         self.cfg = cfg
@@ -336,8 +339,8 @@ def unrolled(blocks, n):
 
 
 def diverge(model, optimizer, cfg):
-    """Changes the model to the next stage: of each block there are two then, and A and B begin
-    anew. The optimizer trains what is not frozen, and remembers what it knows of it."""
+    """Changes the model to the next stage, in which there are two of each block, and A and B begin
+    anew. The optimizer then trains the new parameters, with the moments of their originals."""
     originals = model.h
     cfg.stage += 1
     torch.manual_seed(cfg.seed + cfg.stage)  # A is the same in a resumed run
@@ -358,22 +361,23 @@ def diverge(model, optimizer, cfg):
             if p.requires_grad and "lora" not in name:
                 state = optimizer.state[original[name]]
                 new.state[p] = {key: value.clone() for key, value in state.items()}
+    # The training loop keeps its optimizer, so it gets the contents of the new one.
     optimizer.param_groups = new.param_groups
     optimizer.state = new.state
 
 
 def export(model, cfg):
     """Writes the model, in whatever stage it is, as a checkpoint of gpt2.py."""
-    weights = model.state_dict()
-    weights = {name: weight for name, weight in weights.items() if not name.startswith("h.")}
+    own = model.state_dict()
+    weights = {name: weight for name, weight in own.items() if not name.startswith("h.")}
     for name, weight in unrolled(model.h, cfg.n_layer).items():
         weights[f"h.{name}"] = weight
     config = asdict(cfg)
     for name in ("stage", "lora_rank", "lora_alpha", "stages", "export"):  # not in gpt2.py
         del config[name]
     _, tokenizer, _ = open_data(cfg.data)
-    state = dict(model_file="gpt2.py", config=config, tokenizer=tokenizer, model=weights)
-    write_atomically(Path(cfg.export), lambda file: torch.save(state, file))
+    ckpt = dict(model_file="gpt2.py", config=config, tokenizer=tokenizer, model=weights)
+    write_atomically(Path(cfg.export), lambda file: torch.save(ckpt, file))
     print0(f"{cfg.export} holds the finished model as a checkpoint of gpt2.py")
 
 
