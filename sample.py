@@ -1,10 +1,12 @@
 """Continues a text with a checkpoint of any model file, by one of five methods, or fills in blanks.
 
-    python sample.py --ckpt out/demo/ckpt.pt --prompt "def main("   prints it token by token
-    python sample.py --ckpt out/demo/ckpt.pt                        asks for prompts
-    python sample.py --ckpt out/demo/ckpt.pt --decode all           by each method, with its speed
-    python sample.py --ckpt out/demo/ckpt.pt --num-samples 8        eight texts, as one batch
-    python sample.py --ckpt out/masked/ckpt.pt --prompt "for <blank> in"    see scratch_former.py
+    python sample.py                                     asks for prompts
+    python sample.py --prompt "def main("                prints the text token by token
+    python sample.py --decode all --prompt "import"      by each of the methods, with its speed
+    python sample.py --num-samples 8 --prompt "class"    eight texts, computed as one batch
+    python sample.py --ckpt out/masked/ckpt.pt --prompt "for <blank> in"
+
+Without --ckpt, it takes the newest checkpoint under out/. Blanks: see scratch_former.py.
 
     tokens so far (B, T)
     |    the network              with a cache, it reads new tokens only
@@ -41,9 +43,8 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 import torch
 import torch.nn.functional as F
 
+import prepare_data
 from gpt2 import UserError, choose_device, read_checkpoint  # the same code in every model file
-from prepare_data import UserError as DataError
-from prepare_data import load_tokenizer
 
 
 @torch.no_grad()
@@ -53,7 +54,7 @@ def plain_generate(model, idx, max_new_tokens, temperature=1.0):
         window = idx[:, -model.cfg.block_size :]  # what the network can read
         logits = model(window)[:, -1]  # (B, V), of the next token
         probs = F.softmax(logits / temperature, dim=-1)
-        token = torch.multinomial(probs, num_samples=1)  # (B, 1), drawn
+        token = torch.multinomial(probs, 1)  # (B, 1), drawn
         idx = torch.cat([idx, token], dim=1)  # (B, T + 1)
     return idx
 
@@ -75,21 +76,20 @@ def choose(logits, decode, temperature=1.0, top_k=None, top_p=None, generator=No
     """The next token, (B), from logits (B, V): three filters in this order, then a draw."""
     if decode in ("greedy", "beam") or temperature == 0:  # a beam of width 1 is greedy
         return logits.argmax(-1)
+    defaults = DECODERS[decode]
     if top_k is None:
-        top_k = DECODERS[decode].get("top_k")
+        top_k = defaults.get("top_k")
     if top_p is None:
-        top_p = DECODERS[decode].get("top_p", 1.0)
+        top_p = defaults.get("top_p", math.inf)
 
     # The largest logit becomes 0, so that nothing overflows when it is divided by a tiny number.
     logits = logits - logits.amax(-1, keepdim=True)
     logits = logits / max(temperature, 1e-30)
     V = logits.size(-1)
     ids = torch.arange(V, device=logits.device).expand_as(logits)  # (B, V)
-    if top_k is not None:
+    if top_k:  # 0: no filter
         logits, ids = logits.topk(min(top_k, V))  # (B, k): exactly k, also if logits are equal
     top_p = max(top_p, 1e-9)  # a top_p of 0 keeps the most probable token
-    if top_p == 1:
-        top_p = math.inf  # all tokens, however the sum of their probabilities is rounded
     return draw_from_nucleus(logits.softmax(-1), ids, top_p, generator)
 
 
@@ -134,7 +134,7 @@ def crop(idx, block_size, max_new_tokens):
     T = idx.size(1)
     if T <= block_size:
         return idx
-    keep = max(block_size - max_new_tokens, block_size - block_size // 4)
+    keep = block_size - min(max_new_tokens, block_size // 4)
     print(f"(the prompt is too long: its first {T - keep:,} tokens are left out)", file=sys.stderr)
     return idx[:, -keep:]
 
@@ -143,7 +143,7 @@ class Context:
     """The tokens of B texts so far, (B, T), and the cache with which the network reads only what is
     new. Any network will do that has new_cache, ahead and cfg.block_size, as in gpt2.py."""
 
-    def __init__(self, model, tokens, use_cache=True):
+    def __init__(self, model, tokens, use_cache):
         self.model = model
         self.tokens = tokens
         self.use_cache = use_cache
@@ -194,7 +194,7 @@ def generate(
     max_new_tokens,
     decode="greedy",  # or beam, top-k, temperature, nucleus
     temperature=1.0,  # the filters combine, in this order; temperature 0 is greedy
-    top_k=None,  # if not given, 50 with decode="top-k"
+    top_k=None,  # if not given, 50 with decode="top-k"; 0: no filter
     top_p=None,  # if not given, 0.95 with decode="nucleus"
     beam_width=4,  # hypotheses of beam search; 1 is greedy
     length_penalty=1.0,  # beam search divides scores by the generated length to this power
@@ -205,11 +205,12 @@ def generate(
 ):
     """Continues prompts. Returns the new tokens (B, n), n <= max_new_tokens, without the prompts.
     Cuts long prompts, as `crop` says, and puts the model into eval mode."""
-    if idx.dim() != 2 or idx.numel() == 0:
-        raise UserError(f"idx has shape {tuple(idx.shape)}: expected (B, T), B prompts of T tokens")
+    if not torch.is_tensor(idx) or idx.dtype != torch.long or idx.dim() != 2 or 0 in idx.shape:
+        raise TypeError("needs idx (B, T), a LongTensor: torch.tensor([tokenizer.encode(text)])")
     if decode not in DECODERS:
         raise UserError(f"decode {decode!r} is invalid: choose one of {', '.join(DECODERS)}")
-    check_options(dict(temperature=temperature, top_k=top_k, top_p=top_p), DECODERS)
+    numbers = dict(temperature=temperature, top_k=top_k or 0, top_p=top_p or 0)
+    check_options(numbers, DECODERS)
     if eot is None:
         eot = -1  # which no token is
     idx = crop(idx, model.cfg.block_size, max_new_tokens)
@@ -239,7 +240,7 @@ def beam_search(model, idx, max_new_tokens, width, length_penalty, eot, use_cach
     """
     B, T = idx.shape
     context = Context(model, idx.repeat_interleave(width, 0), use_cache)  # B * width texts
-    first_row = torch.arange(0, B * width, width, device=idx.device)[:, None]  # of each prompt
+    first_row = torch.arange(B, device=idx.device)[:, None] * width  # (B, 1), of each prompt
     logp = torch.full((B, width), -math.inf, device=idx.device)  # of the hypotheses
     logp[:, 0] = 0.0  # at first the hypotheses of a prompt are equal: only one counts
     best_score = [-math.inf] * B  # of the finished hypotheses
@@ -267,8 +268,7 @@ def beam_search(model, idx, max_new_tokens, width, length_penalty, eot, use_cach
         # score that it can reach is at the greatest length, or with a penalty <= 0 at this one.
         logp, keep = candidates.masked_fill(ends, -math.inf).topk(width)
         reach = max_new_tokens if length_penalty > 0 else length
-        possible = [total / reach**length_penalty for total in logp[:, 0].tolist()]
-        if all(score <= best for score, best in zip(possible, best_score)):
+        if all(logp[b, 0].item() / reach**length_penalty <= best_score[b] for b in range(B)):
             break
         context.select(rows.gather(1, keep).flatten())
         context.append(tokens.gather(1, keep).flatten())
@@ -284,8 +284,8 @@ def fill(model, idx, max_new_tokens=200, decode="greedy", **options):
     """Fills in the blanks of texts idx (B, T). A blank is the id vocab_size; each text has as many.
     Returns B lists of token ids. The options are those of `generate`. Raises UserError if there are
     no blanks, or too many, if a text is too long, and for beam search of masked tokens."""
-    filled = fill_parts(model, idx, max_new_tokens, decode, **options)
-    return [[token for part in parts for token in part] for parts in filled]
+    texts = fill_parts(model, idx, max_new_tokens, decode, **options)
+    return [[token for part in parts for token in part] for parts in texts]
 
 
 @torch.no_grad()
@@ -296,14 +296,13 @@ def fill_parts(model, idx, max_new_tokens, decode, **options):
     n = (idx == blank).sum(1).tolist()  # (B), the numbers of blanks
     if n[0] == 0 or len(set(n)) > 1:
         raise UserError("idx has no blanks, or not as many in each row")
-    masked = model.cfg.objective == "masked"
-    longest = model.cfg.block_size - (not masked)  # spans need a sentinel after the text
+    longest = model.cfg.block_size - 1  # a sentinel may have to follow the text
     if idx.size(1) > longest:
-        raise UserError(f"a text of {idx.size(1)} tokens: at most {longest} fit with blanks")
-    if masked:
+        raise UserError(f"a text with blanks has {idx.size(1)} tokens: at most {longest} fit")
+    if model.cfg.objective == "masked":
         written = fill_masked(model, idx, decode, **options)
     else:
-        written = fill_spans(model, idx, max_new_tokens, decode, **options)
+        written = fill_spans(model, idx, n[0], max_new_tokens, decode, **options)
     filled = []
     for text, new in zip(idx.tolist(), written.tolist()):
         # By turns: what stands in the text up to a blank, and what was written up to a sentinel.
@@ -321,40 +320,50 @@ def fill_masked(model, idx, decode, use_cache=True, **options):
     if decode == "beam":
         raise UserError(f"decode {decode!r} is invalid: masked tokens are chosen one at a time")
     model.eval()
-    blanks = idx == model.cfg.vocab_size  # (B, T)
+    blank = model.cfg.vocab_size
     texts = torch.arange(len(idx), device=idx.device)  # (B)
     new = idx.clone()
-    for _ in range(blanks[0].sum()):
+    while (new == blank).any():
         logits = model(new).float()  # (B, T, V)
         certainty = logits.softmax(-1).amax(-1)  # (B, T), the highest probability of a token
-        certainty = certainty.masked_fill(new != model.cfg.vocab_size, -1)  # blanks alone count
-        where = certainty.argmax(1)  # (B)
+        where = certainty.masked_fill(new != blank, -1).argmax(1)  # (B), a blank of each text
         new[texts, where] = choose(logits[texts, where], decode, **options)
-    written = new[blanks].view(len(idx), -1, 1)  # (B, n, 1)
-    return F.pad(written, (0, 1), value=model.cfg.vocab_size).flatten(1)
+    written = new[idx == blank].view(len(idx), -1, 1)  # (B, n, 1)
+    return F.pad(written, (0, 1), value=blank).flatten(1)
 
 
-def fill_spans(model, idx, max_new_tokens, decode, **options):
-    """The spans for the blanks of each text, each followed by a sentinel, (B, n). The encoder reads
-    a text with a sentinel for each blank, and the decoder writes what belongs there. An example:
+def fill_spans(model, idx, n, max_new_tokens, decode, **options):
+    """The spans for the n blanks of each text, each followed by a sentinel, (B, T). The encoder
+    reads a sentinel for each blank, and the decoder writes what belongs there. An example:
 
         idx             for _ in _ :
         encoder reads   for <0> in <1> :
         decoder writes  <0> i <1> range ( 9 ) <2>       <0> is given, <2> ends the text
     """
     blank = model.cfg.vocab_size  # also the id of the first sentinel
-    blanks = (idx == blank).cumsum(1)  # (B, T): how many there are up to each position
-    n = blanks[0, -1].item()
     most = model.n_logits - blank - 1  # one sentinel ends the text
     if n > most:
         raise UserError(f"{n} blanks: at most {most} can be filled")
-    source = torch.where(idx == blank, blank + blanks - 1, idx)
+    number = (idx == blank).cumsum(1) - 1  # (B, T): at a blank, how many come before it
+    source = torch.where(idx == blank, blank + number, idx)
     prompt = F.pad(source, (0, 1), value=blank)
     room = min(max_new_tokens, model.cfg.block_size - prompt.size(1))
     return generate(model, prompt, room, decode, eot=blank + n, **options)
 
 
 # --- checkpoints
+
+
+def find_checkpoint(path):
+    """The checkpoint `path` or, if it is None, the newest one under out/."""
+    found = sorted(Path("out").rglob("*.pt"), key=os.path.getmtime, reverse=True)
+    if path is None and found:
+        print(f"(the newest checkpoint: {found[0]})", file=sys.stderr)
+        return found[0]
+    if path is None or not Path(path).is_file():
+        there = ", ".join(map(str, found[:5])) or "none: python gpt2.py --preset demo writes one"
+        raise UserError(f"{path or 'out'}: no checkpoint. There are {there}")
+    return path
 
 
 def load(ckpt, device="cpu"):
@@ -364,8 +373,11 @@ def load(ckpt, device="cpu"):
     state = read_checkpoint(ckpt)
     name = state["model_file"]
     # Whatever stands in a checkpoint, nothing but a model file beside this file is imported.
-    beside = Path(__file__).parent.glob("*.py")
-    files = [path.name for path in beside if "\n# --- training" in path.read_text("utf-8")]
+    files = [
+        path.name
+        for path in Path(__file__).parent.glob("*.py")
+        if "\n# --- training" in path.read_text("utf-8")
+    ]
     if name not in files:
         raise UserError(f"{ckpt} is of {name}, which is none of {', '.join(sorted(files))}")
     module = importlib.import_module(name.removesuffix(".py"))
@@ -378,7 +390,8 @@ def load(ckpt, device="cpu"):
         model.load_state_dict(state["model"])
     except RuntimeError as e:
         raise UserError(f"{ckpt} does not fit {name}: {e!r:.300}") from e
-    tokenizer = load_tokenizer(state["tokenizer"]["name"], state["tokenizer"]["ranks"])
+    saved = state["tokenizer"]
+    tokenizer = prepare_data.load_tokenizer(saved["name"], saved["ranks"])
     return model.to(device).eval(), tokenizer
 
 
@@ -406,13 +419,13 @@ def use_few_rows(model):
 
 DRAWING = ("top-k", "temperature", "nucleus")
 OPTIONS = {  # name: (type, least value, largest value, the decoders that use it, help)
-    "max_new_tokens": (int, 1, 10**9, tuple(DECODERS), "tokens to add (default: 200)"),
-    "num_samples": (int, 1, 10**6, DRAWING, "texts from one prompt, as one batch (default: 1)"),
-    "seed": (int, 0, 2**63 - 1, DRAWING, "of all that is drawn until the end (default: 1337)"),
+    "max_new_tokens": (int, 1, 1_000_000, DECODERS, "tokens to add (default: 200)"),
+    "num_samples": (int, 1, 1_000_000, DRAWING, "texts from one prompt, as one batch (default: 1)"),
+    "seed": (int, 0, 2**63, DRAWING, "of all that is drawn until the end (default: 1337)"),
     "temperature": (float, 0, 1000, DRAWING, "(default: 0.7 with --decode temperature, else 1)"),
-    "top_k": (int, 1, 10**9, DRAWING, "tokens to keep (default: 50 with --decode top-k, else all)"),
-    "top_p": (float, 0, 1, DRAWING, "probability to keep (default: 0.95 with nucleus, else 1)"),
-    "beam_width": (int, 1, 10**4, ("beam",), "hypotheses of beam search (default: 4)"),
+    "top_k": (int, 0, 1_000_000, DRAWING, "tokens kept, 0: all (default: 50 with top-k, else 0)"),
+    "top_p": (float, 0, 1, DRAWING, "probability kept (default: 0.95 with nucleus, else 1)"),
+    "beam_width": (int, 1, 10_000, ("beam",), "hypotheses of beam search (default: 4)"),
     "length_penalty": (float, -10, 10, ("beam",), "power of the length (default: 1)"),
 }
 
@@ -420,15 +433,15 @@ OPTIONS = {  # name: (type, least value, largest value, the decoders that use it
 def check_options(options, decoders):
     """Raises UserError for an option, {name: value}, out of its range or that no decoder uses."""
     for name, value in options.items():
-        if value is None:  # not given
-            continue
         _, least, largest, users, _ = OPTIONS[name]
         option = f"--{name.replace('_', '-')}"
         if not least <= value <= largest:
             raise UserError(f"{option} {value}: {name} goes from {least:,} to {largest:,}")
-        if not set(users) & set(decoders):
-            problem = f"{option} has no effect with --decode {', '.join(decoders)}"
-            raise UserError(f"{problem}, only with {', '.join(users)}")
+        if set(users).isdisjoint(decoders):
+            raise UserError(
+                f"{option} has no effect with --decode {', '.join(decoders)}, "
+                f"only with {', '.join(users)}"
+            )
 
 
 def read_prompt(args):
@@ -437,21 +450,27 @@ def read_prompt(args):
         return args.prompt
     try:
         if args.prompt_file is not None:
-            return Path(args.prompt_file).read_text(encoding="utf-8")
-        if not sys.stdin.isatty():
-            return sys.stdin.read()
+            text = Path(args.prompt_file).read_text(encoding="utf-8-sig")
+        elif sys.stdin.isatty():
+            return None
+        else:
+            text = sys.stdin.read()
     except UnicodeDecodeError as e:
         raise UserError(f"{args.prompt_file or 'standard input'} is not UTF-8 text") from e
+    return text.replace("\r\n", "\n").removesuffix("\n")
 
 
 def encode(prompt, tokenizer, blank):
-    """The token ids of a prompt, a list, with the id `blank` for each <blank>."""
+    """The token ids of a prompt, a list, with the id `blank` for each <blank>. It is encoded in
+    pieces, since tiktoken cannot encode a million letters or spaces at once."""
     if tokenizer.name != "bytes":  # a space is part of the token after it, which fills the blank
         prompt = prompt.replace(f" {BLANK}", BLANK)
     ids = []
     for part in prompt.split(BLANK):
-        ids += [blank, *tokenizer.encode_ordinary(part)]  # special tokens are plain text
-    return ids[1:]
+        for piece in prepare_data.cut(part):
+            ids += tokenizer.encode_ordinary(piece)  # special tokens are plain text
+        ids.append(blank)
+    return ids[:-1]
 
 
 def printer(tokenizer):
@@ -472,7 +491,7 @@ def answer(model, tokenizer, decoders, n_samples, options, prompt):
     fills = not model.likelihood  # but continues a text
     if fills != (BLANK in prompt):
         raise UserError(f"{BLANK} has to be in a prompt if the network fills blanks, and only then")
-    ids = encode(prompt, tokenizer, blank=model.cfg.vocab_size)
+    ids = encode(prompt, tokenizer, model.cfg.vocab_size)
     idx = torch.tensor([ids or [eot]], device=options["generator"].device)  # (1, T)
     if not fills:
         idx = crop(idx, model.cfg.block_size, options["max_new_tokens"])
@@ -483,6 +502,7 @@ def answer(model, tokenizer, decoders, n_samples, options, prompt):
         B = n_samples if decode in DRAWING else 1
         streams = B == 1 and decode != "beam" and not fills  # printed token by token
         more = DECODERS[decode] | options
+        note = ""
         prompts = idx.expand(B, -1)  # (B, T)
         start = time.perf_counter()
         if fills:
@@ -492,25 +512,29 @@ def answer(model, tokenizer, decoders, n_samples, options, prompt):
                 print(prompt, end="", flush=True)
                 more["callback"] = printer(tokenizer)
             new = generate(model, prompts, decode=decode, eot=eot, **more)  # (B, n)
-            rows = (takewhile(lambda token: token != eot, row) for row in new.tolist())
-            texts = [[ids, list(row)] for row in rows]  # in parts, as `fill_parts` gives them
+            # In parts, as `fill_parts` gives them. From its end on, a row has `eot` alone.
+            texts = [[ids, [token for token in row if token != eot]] for row in new.tolist()]
+            if new.size(1) < more["max_new_tokens"]:
+                note = ", end of text"
         seconds = time.perf_counter() - start
 
         for i, parts in enumerate(texts):
-            tokens = [token for part in parts for token in part if token != eot]
-            text = "" if streams else tokenizer.decode(tokens, errors="replace")
+            data = [tokenizer.decode_bytes(part) for part in parts]
+            if fills and sys.stdout.isatty():  # underlined
+                data[1::2] = [b"\033[4m" + part + b"\033[24m" for part in data[1::2]]
+            text = "" if streams else b"".join(data).decode(errors="replace")
             if B > 1:
                 text = f"[{i + 1}] {text}"
             print(text, flush=True)
         n = sum(len(part) for parts in texts for part in parts[1::2])  # tokens that are new
         file = sys.stdout if len(decoders) > 1 else sys.stderr
-        print(f"({n} tokens, {n / seconds:,.1f} tokens/s)\n", file=file, flush=True)
+        print(f"({n} tokens{note}, {n / seconds:,.1f} tokens/s)\n", file=file, flush=True)
 
 
 def run(args):
     """Answers the prompt that was given or, at a terminal, one prompt after another."""
     device, dtype = choose_device(args.device, args.dtype)
-    model, tokenizer = load(args.ckpt, device)
+    model, tokenizer = load(find_checkpoint(args.ckpt), device)
     model.to(dtype)
     if device.type == "cpu":
         use_few_rows(model)
@@ -521,7 +545,8 @@ def run(args):
         decoders = list(DECODERS)
         if not model.likelihood and model.cfg.objective == "masked":
             decoders.remove("beam")  # masked tokens are chosen one at a time
-    options = {name: value for name, value in vars(args).items() if name in OPTIONS}
+    given = {name: value for name, value in vars(args).items() if name in OPTIONS}
+    options = {"max_new_tokens": 200} | given
     check_options(options, decoders)
     options["generator"] = torch.Generator(device).manual_seed(options.pop("seed", 1337))
     options["use_cache"] = not args.no_cache
@@ -532,6 +557,10 @@ def run(args):
     if prompt is not None:
         reply(prompt)
         return
+    try:
+        import readline  # noqa: F401  (with it, `input` can edit lines and has a history)
+    except ImportError:
+        pass
     while True:
         try:
             reply(input("prompt (Ctrl-D ends)> "))
@@ -540,21 +569,20 @@ def run(args):
 
 
 def make_parser():
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("sample.py", description=__doc__, formatter_class=raw)
-    parser.set_defaults(max_new_tokens=200)
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.error = lambda text: sys.exit(f"sample.py: {text} (--help lists all options)")
     add = parser.add_argument
-    add("--ckpt", default="out/gpt2/ckpt.pt", help="a checkpoint (default: %(default)s)")
+    add("--ckpt", help="a checkpoint (default: the newest under out/)")
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--prompt", help=f"the text to continue, or with {BLANK} in it")
     source.add_argument("--prompt-file", help="a UTF-8 text file with the prompt")
     add("--decode", choices=(*DECODERS, "all"), help="(default: nucleus; greedy for blanks)")
-    for name, (kind, _, _, _, text) in OPTIONS.items():
+    for name, (kind, *_, text) in OPTIONS.items():
         add(f"--{name.replace('_', '-')}", type=kind, help=text, default=argparse.SUPPRESS)
-    add("--no-cache", action="store_true", help="read the whole text for every token: slower")
+    add("--no-cache", action="store_true", help="slower; the same text in float32")
     add("--device", default="auto", help="cpu, cuda, mps; auto: a CUDA GPU if there is one")
-    dtypes = ("auto", "float32", "bfloat16")
+    dtypes = ("auto", "float32", "bfloat16", "float16")
     add("--dtype", choices=dtypes, default="auto", help="auto: bfloat16 where it is fast")
     return parser
 
@@ -570,10 +598,10 @@ def main(argv=None):
         sys.exit(130)  # as in a shell
     except BrokenPipeError:  # as in `sample.py | head`; else Python complains when it exits
         os._exit(0)
-    except (UserError, DataError, OSError, torch.OutOfMemoryError) as e:
+    except (UserError, prepare_data.UserError, OSError, torch.OutOfMemoryError) as e:
         sys.exit(f"sample.py: {e}")
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")  # the terminal may lack characters of the vocabulary
+    sys.stdout.reconfigure(errors="replace")  # a terminal may lack characters of the vocabulary
     main()

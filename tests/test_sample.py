@@ -6,11 +6,15 @@ import inspect
 import io
 import itertools
 import math
+import os
+import pty
 import re
+import select
 import signal
 import subprocess
 import sys
 import textwrap
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -230,19 +234,22 @@ def test_dropout_is_off_and_no_token_is_a_possible_number_of_new_tokens():
         assert sample.generate(model, idx, 0, decode).shape == (2, 0)
 
 
-def test_arguments_out_of_range_are_refused_by_name():
+def test_arguments_that_cannot_be_used_are_refused_by_name():
     model = tiny()
     idx = random_ids(2, 3)
     wrong = [{"temperature": value} for value in (-1.0, math.nan, math.inf)]
-    wrong += [{"top_p": 1.5}, {"top_p": -0.1}]
+    wrong += [{"top_p": 1.5}, {"top_p": -0.1}, {"top_k": -1}]
     for option in wrong:
         with pytest.raises(gpt2.UserError, match=f"{next(iter(option))} goes from 0 to"):
             sample.generate(model, idx, 4, "nucleus", **option)
     with pytest.raises(gpt2.UserError, match=r"'beams'.*greedy, beam, top-k, temperature, nucleus"):
         sample.generate(model, idx, 4, "beams")
-    for shape in ((3,), (2, 0)):
-        with pytest.raises(gpt2.UserError, match=r"\(B, T\)"):
-            sample.generate(model, torch.zeros(shape, dtype=torch.long), 4)
+    empty = torch.zeros(2, 0, dtype=torch.long)
+    for prompt in ("def main(", [1, 2], idx.float(), idx[0], empty, torch.tensor([[]])):
+        with pytest.raises(TypeError) as e:
+            sample.generate(model, prompt, 4)
+        wanted = "idx (B, T), a LongTensor: torch.tensor([tokenizer.encode(text)])"
+        assert wanted in str(e.value)
 
 
 # --- filters and draws
@@ -268,12 +275,23 @@ def drawn(logits, n, top_k=None, top_p=None, temperature=1.0):
 
 def test_the_filters_equal_a_loop_over_ids():
     logits = 2 * torch.randn(20, 10, generator=seeded(0))
-    n = 10_000
+    n = 5_000
     names = ("temperature", "top_k", "top_p")
     for values in itertools.product((0.5, 2.0), (None, 1, 3, 50), (None, 0.0, 0.3, 0.9, 1.0)):
         filters = dict(zip(names, values))
         p = torch.tensor([exact(row, **filters) for row in logits.tolist()])
         assert_drawn_with(p, drawn(logits, n, **filters), n)
+
+
+def test_a_top_k_of_0_is_no_filter():
+    model = tiny(1, vocab_size=200)
+    prompts = random_ids(1, 4, vocab_size=200).expand(50, -1)
+    every, none = (
+        sample.generate(model, prompts, 9, decode, 3.0, top_k, generator=seeded(0))
+        for decode, top_k in (("temperature", None), ("top-k", 0))
+    )
+    assert every.equal(none)
+    assert not every.equal(sample.generate(model, prompts, 9, "top-k", 3.0, generator=seeded(0)))
 
 
 def test_equally_probable_tokens_are_kept_up_to_exactly_k_or_p():
@@ -428,23 +446,23 @@ def test_masked_tokens_are_chosen_the_most_certain_first():
     assert 2 < len({tuple(text) for text in texts}) <= 8
 
 
-def test_a_text_with_blanks_may_fill_the_window_but_not_more():
+def test_what_cannot_be_filled_is_refused():
     spans = for_blanks("spans")  # for the 16 positions: the text, a sentinel, and what is written
+    masked = for_blanks("masked")
     assert len(sample.fill(spans, torch.tensor([[5] + [1] * 13]))[0]) in (13, 14)
     assert sample.fill(spans, torch.tensor([[5] + [1] * 14])) == [[1] * 14]
-    assert len(sample.fill(for_blanks("masked"), torch.tensor([[5] + [1] * 15]))[0]) == 16
+    assert len(sample.fill(masked, torch.tensor([[5] + [1] * 14]))[0]) == 15
     refused = [
-        ("masked", [5] + [1] * 16, "greedy", "17 tokens: at most 16"),
-        ("spans", [5] + [1] * 15, "greedy", "16 tokens: at most 15"),
-        ("spans", [5, 5, 5], "greedy", "3 blanks: at most 2"),
-        ("masked", [5, 1], "beam", "one at a time"),
-        ("masked", [2, 1], "greedy", "no blanks"),
+        (masked, [[5] + [1] * 15], "greedy", "16 tokens: at most 15"),
+        (spans, [[5] + [1] * 15], "greedy", "16 tokens: at most 15"),
+        (spans, [[5, 5, 5]], "greedy", "3 blanks: at most 2"),
+        (spans, [[5, 1], [5, 5]], "greedy", "not as many in each row"),
+        (masked, [[5, 1]], "beam", "one at a time"),
+        (masked, [[2, 1]], "greedy", "no blanks"),
     ]
-    for objective, prompt, decode, error in refused:
+    for model, prompts, decode, error in refused:
         with pytest.raises(gpt2.UserError, match=error):
-            sample.fill(for_blanks(objective), torch.tensor([prompt]), decode=decode)
-    with pytest.raises(gpt2.UserError, match="not as many in each row"):
-        sample.fill(spans, torch.tensor([[5, 1], [5, 5]]))
+            sample.fill(model, torch.tensor(prompts), decode=decode)
 
 
 def test_a_space_before_a_blank_belongs_to_what_fills_it_unless_tokens_are_bytes(ckpt):
@@ -454,6 +472,15 @@ def test_a_space_before_a_blank_belongs_to_what_fills_it_unless_tokens_are_bytes
     a, b, c = (tokenizer.encode_ordinary(word) for word in words)
     ids = sample.encode("the model <blank>reads<blank> it", tokenizer, 7)
     assert ids == [*a, 7, *b, 7, *c]
+
+
+def test_a_million_letters_or_spaces_are_encoded(say, ckpt):
+    _, tokenizer = sample.load(ckpt)
+    for text in (" " * 1_000_000, "the" * 300_000, "a b  \n" * 50_000):
+        ids = sample.encode(text, tokenizer, 7)
+        assert tokenizer.decode(ids) == text
+    assert ids == tokenizer.encode_ordinary(text)  # the pieces are cut where tokens end, too
+    assert say("--prompt", " " * 1_000_000, "--decode", "greedy").startswith(" " * 1_000_000)
 
 
 # --- checkpoints
@@ -468,6 +495,7 @@ def ckpt(data, tmp_path_factory):
     state = torch.load(path, weights_only=True)
     for w in state["model"].values():
         w.normal_(std=0.4, generator=seeded(w.numel()))
+    state["model"]["lm_head.weight"][state["config"]["eot"]] *= -1.5
     torch.save(state, path)
     return path
 
@@ -618,18 +646,19 @@ def test_the_command_line_prints_what_generate_returns(say, ckpt, decode, option
 
 
 def test_dtype_is_that_of_the_weights(say, ckpt):
-    texts = set()
-    for dtype in (torch.float32, torch.bfloat16):
+    texts = []
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
         model, tokenizer = sample.load(ckpt)
         sample.use_few_rows(model.to(dtype))
-        idx = torch.tensor([tokenizer.encode_ordinary("the model")])
-        new = sample.generate(model, idx, 200, eot=tokenizer.eot_token)[0].tolist()
-        text = tokenizer.decode([i for i in new if i != tokenizer.eot_token], errors="replace")
-        options = ("--prompt", "the model", "--decode", "greedy", "--max-new-tokens", 200)
+        idx = torch.tensor([tokenizer.encode_ordinary("slowly")])
+        eot = tokenizer.eot_token
+        new = sample.generate(model, idx, 60, "top-k", eot=eot, generator=seeded(1337))[0].tolist()
+        text = "slowly" + tokenizer.decode([i for i in new if i != eot])
+        options = ("--prompt", "slowly", "--decode", "top-k", "--max-new-tokens", 60)
         printed = say(*options, "--dtype", str(dtype).removeprefix("torch."))
-        assert printed.rstrip("\ufffd\n") == ("the model" + text).rstrip("\ufffd\n")
-        texts.add(text)
-    assert len(texts) == 2
+        assert printed.rstrip("\ufffd\n") == text.rstrip("\ufffd\n")
+        texts.append(text)
+    assert min(map(len, texts)) > 20 and len(set(texts)) == 3
 
 
 def test_all_decoders_many_samples_no_cache_and_a_long_prompt(say, ckpt, capsys, monkeypatch):
@@ -658,18 +687,47 @@ def test_tokens_after_end_of_text_do_not_count(ckpt, capsys):
     new = sample.generate(model, idx, 20, "temperature", 2.0, eot=eot, generator=seeded(1337))
     rows = new.tolist()
     n = sum(row.index(eot) if eot in row else 20 for row in rows)
-    assert 0 < n < 60 * 20 - 5
+    assert 0 < n < 60 * 20 - 50
     options = "--decode temperature --temperature 2 --num-samples 60 --max-new-tokens 20"
     always = ["--ckpt", str(ckpt), "--dtype", "float32", "--prompt", "the"]
     sample.main([*always, *options.split()])
     assert capsys.readouterr().err.startswith(f"({n} tokens, ")
 
 
-def test_prompts_of_a_session_draw_on_and_the_seed_fixes_the_session(say, tmp_path, monkeypatch):
-    (tmp_path / "prompt.txt").write_text("naïve\nreads", encoding="utf-8")
-    monkeypatch.setattr("sys.stdin", io.StringIO("naïve\nreads"))
-    text = say("--prompt", "naïve\nreads")
-    assert say() == say("--prompt-file", tmp_path / "prompt.txt") == text
+def test_an_early_end_of_text_is_said(ckpt, capsys):
+    model, tokenizer = sample.load(ckpt)
+    eot = tokenizer.eot_token
+    idx = torch.tensor([tokenizer.encode_ordinary("the")])
+    always = ["--ckpt", str(ckpt), "--dtype", "float32", "--prompt", "the"]
+    always += ["--decode", "temperature", "--temperature", "2", "--max-new-tokens", "30"]
+    found = set()
+    for seed in range(20):
+        options = dict(temperature=2.0, eot=eot, generator=seeded(seed))
+        n = sample.generate(model, idx, 30, "temperature", **options).size(1)
+        if n not in found and len(found) < 3:
+            sample.main([*always, "--seed", str(seed)])
+            text = "(30 tokens, " if n == 30 else f"({n - 1} tokens, end of text, "
+            assert capsys.readouterr().err.startswith(text)
+            found.add(n)
+    assert 30 in found and len(found) > 1
+
+
+@pytest.mark.parametrize(
+    "typed", ["naïve\nreads", "naïve\nreads\n", "naïve\r\nreads\r\n", "naïve\nreads\n\n"]
+)
+def test_a_prompt_from_a_pipe_or_a_file_loses_one_newline_and_all_of_windows(
+    typed, say, tmp_path, monkeypatch
+):
+    text = say("--prompt", "naïve\nreads\n" if typed[-2:] == "\n\n" else "naïve\nreads")
+    monkeypatch.setattr("sys.stdin", io.StringIO(typed, newline=""))
+    assert say() == text
+    (tmp_path / "prompt.txt").write_bytes(typed.encode())
+    assert say("--prompt-file", tmp_path / "prompt.txt") == text
+    (tmp_path / "prompt.txt").write_bytes(typed.encode("utf-8-sig"))  # a byte order mark is no text
+    assert say("--prompt-file", tmp_path / "prompt.txt") == text
+
+
+def test_prompts_of_a_session_draw_on_and_the_seed_fixes_the_session(say, monkeypatch):
     sessions = []
     for seed in (1, 1, 2):
         monkeypatch.setattr("sys.stdin", io.StringIO("the\nthe\n"))
@@ -702,14 +760,16 @@ def test_the_printer_never_cuts_a_character(capsys):
 
 @pytest.mark.parametrize("stop", ["interrupt", "close"])
 def test_ctrl_c_and_a_closed_pipe_end_without_a_traceback(ckpt, stop):
-    command = [sys.executable, "-E", ROOT / "sample.py", "--ckpt", ckpt, "--prompt", "the"]
+    command = [sys.executable, ROOT / "sample.py", "--ckpt", ckpt, "--prompt", "the мир"]
     child = subprocess.Popen(
         [*command, "--max-new-tokens", "99999"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
+        env=os.environ | {"PYTHONIOENCODING": "ascii"},
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # if pytest ignores it
     )
-    child.stdout.read(4)
+    assert child.stdout.read(7) == b"the ???"  # what the terminal lacks is replaced
+    child.stdout.read(1)  # it generates
     if stop == "interrupt":
         child.send_signal(signal.SIGINT)
     else:
@@ -718,17 +778,70 @@ def test_ctrl_c_and_a_closed_pipe_end_without_a_traceback(ckpt, stop):
     assert child.stderr.read().strip() == b""
 
 
-def test_what_has_no_effect_or_cannot_be_used_is_one_line(say, tmp_path):
+def test_an_option_without_effect_is_one_line(say):
     options = ("--temperature", "--num-samples", "--beam-width", "--length-penalty")
     for decode, option in zip(("greedy", "beam", "top-k", "nucleus"), options):
         error = f"{option} has no effect with --decode {decode}, only with "
         assert error in say("--decode", decode, option, 1)
+    assert "--seed has no effect with --decode greedy" in say("--decode", "greedy", "--seed", 1)
+    assert say("--decode", "all", "--beam-width", 2, "--prompt", "the").count("tokens/s)") == 5
+
+
+@pytest.mark.parametrize(
+    "option, values, bounds",
+    [
+        ("--max-new-tokens", (0, -1, 1_000_001), "from 1 to 1,000,000"),
+        ("--num-samples", (0, 1_000_001), "from 1 to 1,000,000"),
+        ("--seed", (-1, 2**64), "from 0 to 9,223,"),
+        ("--temperature", (-0.1, "nan", "inf"), "from 0 to 1,000"),
+        ("--top-k", (-1,), "from 0 to 1,000,000"),
+        ("--top-p", (-0.1, 1.1, "nan"), "from 0 to 1"),
+        ("--beam-width", (0,), "from 1 to 10,000"),
+        ("--length-penalty", (10.5, "nan"), "from -10 to 10"),
+    ],
+)
+def test_a_number_out_of_range_is_one_line_with_the_option_and_its_range(
+    option, values, bounds, say
+):
+    decode = "beam" if option in ("--beam-width", "--length-penalty") else "nucleus"
+    for value in values:
+        line = say("--decode", decode, "--prompt", "the", option, value)
+        assert re.match(rf"sample.py: {option} {value}: .* {bounds}", line)
+    assert f"{option}: invalid" in say(option, "many")
+
+
+def test_what_cannot_be_used_is_one_line(say, tmp_path):
     assert "--prompt-file: not allowed with" in say("--prompt", "the", "--prompt-file", "no.txt")
     for option in ("--decode", "--device", "--prompt-file", "--ckpt"):
         assert "nothing" in say(option, "nothing")
     assert "<blank>" in say("--prompt", "def <blank>(")
     (tmp_path / "latin.txt").write_bytes("naïve".encode("latin-1"))
     assert "latin.txt is not UTF-8" in say("--prompt-file", tmp_path / "latin.txt")
+
+
+def test_without_a_checkpoint_the_newest_is_taken_and_a_wrong_one_lists_those_that_exist(
+    ckpt, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    always = ["--prompt", "the", "--max-new-tokens", "5", "--dtype", "float32"]
+    for options in (always, [*always, "--ckpt", "out/a"]):
+        with pytest.raises(SystemExit) as e:
+            sample.main(options)
+        assert "no checkpoint" in e.value.code and "python gpt2.py --preset demo" in e.value.code
+    for n, name in enumerate(("out/old/best.pt", "out/new run/deep/ckpt.pt", "out/old/ckpt.pt")):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"damaged")
+        os.utime(path, (n, 1000 - n))  # by the time of their last change, the first is the newest
+    (tmp_path / "out/old/best.pt").write_bytes(ckpt.read_bytes())
+    sample.main(always)
+    out, err = capsys.readouterr()
+    assert out.startswith("the") and err.startswith("(the newest checkpoint: out/old/best.pt)\n")
+    for wrong in ("out/new", "out/old", str(tmp_path)):
+        with pytest.raises(SystemExit) as e:
+            sample.main([*always, "--ckpt", wrong])
+        names = "out/old/best.pt, out/new run/deep/ckpt.pt, out/old/ckpt.pt"
+        assert e.value.code.startswith(f"sample.py: {wrong}: ") and e.value.code.endswith(names)
 
 
 @pytest.mark.parametrize("objective", ["masked", "spans"])
@@ -743,7 +856,43 @@ def test_the_command_line_fills_blanks(objective, say, data, tmp_path):
     assert printed.count("model") >= 4
     assert ("--- beam" in printed) == (objective == "spans")
     assert "<blank>" in say(*ckpt, "--prompt", "the model")
-    assert (
-        "one at a time" in say(*ckpt, "--prompt", "<blank>", "--decode", "beam")
-        or objective == "spans"
-    )
+    assert "tokens: at most 63 fit" in say(*ckpt, "--prompt", "<blank>" + "model " * 99)
+    if objective == "masked":
+        assert "(1 tokens, " in printed or "(2 tokens, " in printed
+        assert "one at a time" in say(*ckpt, "--prompt", "<blank>", "--decode", "beam")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a terminal as Linux has it")
+def test_a_terminal_has_a_history_and_underlines_what_is_filled_in(data, tmp_path):
+    train("scratch_former", data, tmp_path, "--objective", "masked", "--max-steps", 1)
+    ours, child_side = pty.openpty()
+    command = [sys.executable, ROOT / "sample.py", "--ckpt", tmp_path / "ckpt.pt"]
+    env = os.environ | {"TERM": "dumb"}
+    pipes = dict(stdin=child_side, stdout=child_side, stderr=child_side)
+    child = subprocess.Popen([*command, "--dtype", "float32"], env=env, **pipes)
+    os.close(child_side)
+
+    def answer(keys):
+        """Types the keys, and returns what is on the terminal before the next prompt."""
+        os.write(ours, keys)
+        seen = b""
+        end = time.monotonic() + 60
+        while not seen.endswith(b"prompt (Ctrl-D ends)> "):
+            assert time.monotonic() < end, seen
+            if select.select([ours], [], [], 1)[0]:
+                seen += os.read(ours, 1000)
+        return seen.decode()
+
+    try:
+        answer(b"")
+        assert "has to be in a prompt" in answer(b"the model\n")
+        first = answer(b"the <blank> model\n")
+        text = re.search(r"the\x1b\[4m.+\x1b\[24m model", first)[0]
+        again = answer(b"\x1b[A\n")  # arrow up
+        assert text in again and "^[[A" not in again
+        os.write(ours, b"\x04")  # Ctrl-D
+        assert child.wait(60) == 0
+    finally:
+        child.kill()
+        child.wait()
+        os.close(ours)
