@@ -49,7 +49,8 @@ from gpt2 import UserError, choose_device, read_checkpoint  # the same code in e
 
 @torch.no_grad()
 def plain_generate(model, idx, max_new_tokens, temperature=1.0):
-    """The whole idea. All that follows makes it faster, or chooses the token in another way."""
+    """The whole idea. `generate` draws from the same distribution, as long as the text fits in the
+    window. What it adds: a cache, filters, two methods that do not draw, and the end of text."""
     for _ in range(max_new_tokens):
         window = idx[:, -model.cfg.block_size :]  # what the network can read
         logits = model(window)[:, -1]  # (B, V), of the next token
@@ -59,7 +60,7 @@ def plain_generate(model, idx, max_new_tokens, temperature=1.0):
     return idx
 
 
-# The values that a decoder uses unless others are given. From Python, temperature is 1 by default.
+# A decoder, and its default of a filter. (`generate` has a default of 1 for all temperatures.)
 DECODERS = {
     "greedy": {},
     "beam": {},
@@ -73,8 +74,9 @@ DECODERS = {
 
 
 def choose(logits, decode, temperature=1.0, top_k=None, top_p=None, generator=None):
-    """The next token, (B), from logits (B, V): three filters in this order, then a draw."""
-    if decode in ("greedy", "beam") or temperature == 0:  # a beam of width 1 is greedy
+    """The next token, (B), from logits (B, V): temperature, top-k, nucleus, then a draw. It takes
+    the most probable token if decode is greedy or beam, or if the temperature is 0."""
+    if decode in ("greedy", "beam") or temperature == 0:
         return logits.argmax(-1)
     defaults = DECODERS[decode]
     if top_k is None:
@@ -104,10 +106,10 @@ def draw_from_nucleus(probs, ids, top_p, generator):
         drawn = torch.multinomial(sorted_probs, 1, generator=generator)  # draw
         token = ids.gather(1, order).gather(1, drawn)[:, 0]
 
-    But to sort a large vocabulary takes longer than all else. So draw from all tokens. Is the
-    probability of the tokens before the drawn one, the more probable ones, top_p already? Then it
-    is outside the nucleus, and so are all tokens after it: draw again, from those before it. What
-    is drawn at last has the distribution of the nucleus.
+    But sorting a large vocabulary takes longer than all other steps. So this function draws from
+    all tokens. If the tokens that are more probable than the drawn one have reached top_p without
+    it, then the drawn token is outside the nucleus, and so are all less probable tokens. In this
+    case it draws again, from the more probable tokens. The last draw is from the nucleus.
     """
     outside = torch.ones_like(ids[:, :1], dtype=torch.bool)  # (B, 1): the rows that have to draw
     drawn = torch.zeros_like(ids[:, :1])  # (B, 1), positions in ids
@@ -204,13 +206,14 @@ def generate(
     callback=None,  # called with each new token (B) as soon as it is known; not with beam search
 ):
     """Continues prompts. Returns the new tokens (B, n), n <= max_new_tokens, without the prompts.
-    Cuts long prompts, as `crop` says, and puts the model into eval mode."""
+    Cuts long prompts, as `crop` says, and puts the model into eval mode. Raises TypeError for
+    prompts of another kind, and UserError, a ValueError, for other arguments out of range."""
     if not torch.is_tensor(idx) or idx.dtype != torch.long or idx.dim() != 2 or 0 in idx.shape:
         raise TypeError("needs idx (B, T), a LongTensor: torch.tensor([tokenizer.encode(text)])")
     if decode not in DECODERS:
         raise UserError(f"decode {decode!r} is invalid: choose one of {', '.join(DECODERS)}")
-    numbers = dict(temperature=temperature, top_k=top_k or 0, top_p=top_p or 0)
-    check_options(numbers, DECODERS)
+    filters = dict(temperature=temperature, top_k=top_k or 0, top_p=top_p or 0)
+    check_options(filters | {"beam_width": beam_width}, DECODERS)
     if eot is None:
         eot = -1  # which no token is
     idx = crop(idx, model.cfg.block_size, max_new_tokens)
@@ -583,7 +586,7 @@ def make_parser():
     add("--no-cache", action="store_true", help="slower; the same text in float32")
     add("--device", default="auto", help="cpu, cuda, mps; auto: a CUDA GPU if there is one")
     dtypes = ("auto", "float32", "bfloat16", "float16")
-    add("--dtype", choices=dtypes, default="auto", help="auto: bfloat16 where it is fast")
+    add("--dtype", choices=dtypes, default="auto", help="of the weights; auto: a fast one")
     return parser
 
 

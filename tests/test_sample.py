@@ -242,6 +242,8 @@ def test_arguments_that_cannot_be_used_are_refused_by_name():
     for option in wrong:
         with pytest.raises(gpt2.UserError, match=f"{next(iter(option))} goes from 0 to"):
             sample.generate(model, idx, 4, "nucleus", **option)
+    with pytest.raises(gpt2.UserError, match="beam_width goes from 1 to"):
+        sample.generate(model, idx, 4, "beam", beam_width=0)
     with pytest.raises(gpt2.UserError, match=r"'beams'.*greedy, beam, top-k, temperature, nucleus"):
         sample.generate(model, idx, 4, "beams")
     empty = torch.zeros(2, 0, dtype=torch.long)
