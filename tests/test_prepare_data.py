@@ -518,9 +518,12 @@ def test_a_hundred_documents_are_split_by_their_hash_and_99_by_position():
     hashes = {text: int(hashlib.sha256(text.encode()).hexdigest(), 16) for text in texts}
     run(write_texts("many.jsonl", texts), "--tokenizer", "bytes")
     assert read_documents("val") == [text for text in texts if hashes[text] < 0.1 * 2**256]
-    run(write_texts("few.jsonl", texts[:99]), "--tokenizer", "bytes", "--force")
     whole = "".join(texts[:99])
-    assert "".join(read_documents()) == whole[: round(0.9 * len(whole))]
+    few = write_texts("few.jsonl", texts[:99])
+    separated = write("few.txt", (EOT + EOT).join(texts[:99]))  # what is empty does not count
+    for path in (few, separated):
+        run(path, "--tokenizer", "bytes", "--force")
+        assert "".join(read_documents()) == whole[: round(0.9 * len(whole))]
 
 
 # --- what a folder of token files says about itself
