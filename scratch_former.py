@@ -166,7 +166,7 @@ class Attention(nn.Module):
         """The keys and the values of a text x (B, S, C), both (B, n_kv_head, S, d_k)."""
         return self.heads(self.c_k(x)), self.heads(self.c_v(x))
 
-    def forward(self, x, mask=0.0, rotation=None, cache=None, layer=0, memory=None):
+    def forward(self, x, mask=None, rotation=None, cache=None, layer=0, memory=None):
         """T queries from x (B, T, C), compared with S keys. mask (T, S) or (n_head, T, S) is added
         to the scores; rotation (T, d_k) is the table of `rotate`; memory: keys and values (of the
         encoder's output), if they are not those of x."""
@@ -182,7 +182,9 @@ class Attention(nn.Module):
 
         # Equation 1: softmax(Q K^T / sqrt(d_k)) V
         scores = q / math.sqrt(self.d_k) @ k.transpose(2, 3)  # (B, n_head, T, S)
-        weights = (scores + mask).softmax(-1)
+        if mask is not None:
+            scores = scores + mask.type_as(scores)  # 16 bits in autocast
+        weights = scores.softmax(-1)
         y = weights @ v  # (B, n_head, T, d_k)
         return self.c_proj(y.transpose(1, 2).flatten(2))  # (B, T, n_head d_k) -> (B, T, C)
 
@@ -254,7 +256,7 @@ def rotate(x, table):
     sin, cos = table[:, ::2], table[:, 1::2]  # (T, d_k / 2)
     x1, x2 = x[..., ::2], x[..., 1::2]  # (B, nh, T, d_k / 2)
     turned = torch.stack([x1 * cos - x2 * sin, x1 * sin + x2 * cos], -1)
-    return turned.flatten(-2)  # (B, nh, T, d_k / 2, 2) -> (B, nh, T, d_k)
+    return turned.flatten(-2).type_as(x)  # (B, nh, T, d_k / 2, 2) -> (B, nh, T, d_k)
 
 
 def buckets(distance, causal):
