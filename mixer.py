@@ -32,7 +32,6 @@ In the diff with gpt2.py: Mix instead of Attention, no wpe, and half a cache.
 """
 
 import argparse
-import csv
 import inspect
 import json
 import math
@@ -348,9 +347,12 @@ class LinearCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, weight, bias, targets, dtype, need_grad):
+    def forward(ctx, x, weight, bias, targets, need_grad):
         # x (N, C), weight (V, C), bias (V), targets (N, 1). Products in `dtype`, sums in float32.
-        chunk = 512 if x.device.type == "cpu" else 4096  # rows at a time
+        device = x.device.type
+        autocast = torch.is_autocast_enabled(device)
+        dtype = torch.get_autocast_dtype(device) if autocast else weight.dtype
+        chunk = 512 if device == "cpu" else 4096  # rows at a time
         w = weight.to(dtype)
         loss = weight.new_zeros(())
         grad_x, grad_weight, grad_bias = (torch.zeros_like(t) for t in (x, weight, bias))
@@ -379,7 +381,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         factor = grad / len(ctx.saved_tensors[0])  # N rows
-        return *(t.mul_(factor) for t in ctx.saved_tensors), None, None, None
+        return *(t.mul_(factor) for t in ctx.saved_tensors), None, None
 
 
 @torch.compiler.disable  # it would unroll the loop over the chunks
@@ -393,17 +395,13 @@ def linear_cross_entropy(x, weight, targets, vocab_size, bias=None):
     they and their gradient need 0.8 GB. x (B, T, C), weight (V, C), bias (V); targets (B, T), where
     -1 does not count. The rows of weight from vocab_size on are padding.
     """
-    device = x.device.type
-    autocast = torch.is_autocast_enabled(device)
-    dtype = torch.get_autocast_dtype(device) if autocast else weight.dtype
     bias = weight.new_zeros(len(weight)) if bias is None else bias.clone()
     bias[vocab_size:] = -math.inf  # so that the padding has probability 0
     counts = targets >= 0  # (B, T)
     x = x[counts].to(weight.dtype)  # (N, C): the N positions that count
     targets = targets[counts][:, None]  # (N, 1)
     need_grad = torch.is_grad_enabled()  # not in an evaluation
-    with torch.autocast(device, enabled=False):
-        return LinearCrossEntropy.apply(x, weight, bias, targets, dtype, need_grad)
+    return LinearCrossEntropy.apply(x, weight, bias, targets, need_grad)
 
 
 # --- data, and how well a model predicts it
@@ -414,12 +412,13 @@ def open_data(data):
     decode tokens, and for each split its tokens, as a memory map of the file."""
     path = Path(data)
     if not (path / "meta.json").is_file():
-        name = repr(data) if path.is_file() else "stdlib"
-        raise UserError(f"{path}: no data. Try python prepare_data.py {name}")
+        raise UserError(
+            f"{path}: no data. Try python prepare_data.py "
+            f"{repr(data) if path.is_file() else 'stdlib'}"
+        )
     meta = json.loads((path / "meta.json").read_text(encoding="utf-8"))
-    tokenizer = {"name": meta["tokenizer"], "eot": meta["eot"], "vocab_size": meta["vocab_size"]}
-    tokenizer["ranks"] = ""  # the table of a tokenizer that was trained here
-    if tokenizer["name"].startswith("bpe:"):
+    tokenizer = {"name": meta["tokenizer"], "ranks": ""}
+    if tokenizer["name"].startswith("bpe:"):  # trained by prepare_data.py, which wrote its table
         tokenizer["ranks"] = (path / "tokenizer.tiktoken").read_text(encoding="utf-8")
     splits = {}
     for split, counts in meta["splits"].items():
@@ -681,13 +680,12 @@ def catch_signals():
 def prepare_model(model, use_compile):
     """(model to evaluate, model to train). The second gives all processes the mean of their
     gradients (DistributedDataParallel, DDP)."""
-    compiled = model
     if use_compile:
         torch.compiler.reset()  # forget the network before it grew: torch keeps only a few
-        compiled = torch.compile(model)
+        model = torch.compile(model)
     if world_size > 1:
-        return compiled, nn.parallel.DistributedDataParallel(compiled)
-    return compiled, compiled
+        return model, nn.parallel.DistributedDataParallel(model)
+    return model, model
 
 
 def train(cfg, options, ckpt):
@@ -716,13 +714,13 @@ def train(cfg, options, ckpt):
             f"{cfg.data} has another tokenizer than the model: "
             f"prepare it with --tokenizer {ckpt['config']['data']}"
         )
-    if options.eval_only and options.split not in splits:
-        raise UserError(f"--split {options.split}: {cfg.data} has {', '.join(splits)}")
     cfg.vocab_size = meta["vocab_size"]
     cfg.eot = meta["eot"]
 
     if options.eval_only:
         cfg.max_steps = 0  # then no step is taken, and nothing is written
+        if options.split not in splits:
+            raise UserError(f"--split {options.split}: {cfg.data} has {', '.join(splits)}")
 
     # The model and its optimizer: new, or those of the checkpoint.
     torch.manual_seed(cfg.seed)
@@ -746,12 +744,11 @@ def train(cfg, options, ckpt):
     length = cfg.block_size + model.ahead
     if len(splits["train"]) < length:
         raise UserError(f"{cfg.data}/train.bin has fewer than {length} tokens: lower --block-size")
-    n_params = sum(p.numel() for p in model.parameters())
-    print0(f"{n_params:,} parameters, {device}, {dtype}, {cfg.data} -> {out}")
+    print0(
+        f"{sum(p.numel() for p in model.parameters()):,} parameters, {device}, {dtype}, "
+        f"{cfg.data} -> {out}"
+    )
     tokens_per_step = cfg.batch_size * cfg.block_size
-    times = cfg.max_steps * tokens_per_step / len(splits["train"])
-    if times > 10:  # more text, or fewer steps, is better
-        print0(f"{cfg.max_steps:,} steps read the text {times:.0f} times and learn it by heart.")
 
     use_compile = cfg.compile
     if cuda and use_compile is None:  # its compiler needs Linux and a card since Volta (2017)
@@ -777,8 +774,7 @@ def train(cfg, options, ckpt):
     if not options.eval_only:
         save("ckpt.pt")  # from here on there is something to resume
         log = open_log(out / "log.csv", options.resume, step)
-    stopped = False
-    last_val = best  # validation loss of the last evaluation
+    stopped = 0  # how many times the processes were told to stop
     last_tokens, last_seconds = tokens, seconds  # at the last line of the log
 
     with catch_signals() as signals:
@@ -792,14 +788,14 @@ def train(cfg, options, ckpt):
             lr = learning_rate(step, cfg)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            seed = np.random.SeedSequence([cfg.seed, step, rank]).generate_state(1)[0]
-            torch.manual_seed(int(seed))
+            seed = np.random.SeedSequence([cfg.seed, step, rank])
+            torch.manual_seed(seed.generate_state(1).item())
 
             # Forward and backward, a micro-batch at a time. The gradients add up, so each mean loss
             # is multiplied by its share of the batch. DDP divides gradients by world_size. It needs
             # to exchange them between the processes in the last backward pass only.
             model.train()
-            total = torch.zeros((), device=device)
+            total = 0.0
             parts = rows.split(cfg.micro_batch)
             for part in parts:
                 ddp_model.require_backward_grad_sync = part is parts[-1]
@@ -814,8 +810,7 @@ def train(cfg, options, ckpt):
 
             # All processes must agree on the loss, and on whether one of them was told to stop.
             # In float16, a gradient that is not finite is no error: the scaler skips that step.
-            loss, n_signals = add_up([loss, len(signals)], device)
-            stopped = n_signals > 0
+            loss, stopped = add_up([loss, len(signals)], device)
             if not (math.isfinite(loss) and (math.isfinite(norm) or scaler.is_enabled())):
                 raise UserError(
                     f"step {step + 1}: loss {loss}, gradient norm {norm}. "
@@ -838,35 +833,30 @@ def train(cfg, options, ckpt):
                 if model.likelihood:
                     val_bits = bits_per_byte(val, meta["splits"]["val"])
                     val_text += f", {val_bits:.4f} bits per byte"
-                last_val = val
                 if val < best:
                     best = val
                     save("best.pt")
 
-            # A line on the terminal, and a row in log.csv, where None becomes an empty cell.
+            # A line on the terminal, and a row in log.csv. No evaluation: empty cells.
             if step == 1 or step % cfg.log_interval == 0 or evaluating or stopped:
                 speed = (tokens - last_tokens) / (seconds - last_seconds)
                 last_tokens, last_seconds = tokens, seconds
                 minutes = (cfg.max_steps - step) * tokens_per_step / speed / 60
-                text = f"step {step:,}/{cfg.max_steps:,}: loss {loss:.4f}, lr {lr:.2e}, "
-                text += f"norm {norm:.2f}, {speed:,.0f} tokens/s, {minutes:.0f} min left"
-                print0(text + val_text)
-                row = [step, tokens, loss, val, val_bits, lr, norm, speed, seconds]
-                csv.writer(log, lineterminator="\n").writerow(row)
+                print0(
+                    f"step {step:,}/{cfg.max_steps:,}: loss {loss:.4f}, lr {lr:.2e}, "
+                    f"norm {norm:.2f}, {speed:,.0f} tokens/s, {minutes:.0f} min left{val_text}"
+                )
+                cells = (step, tokens, loss, val or "", val_bits or "", lr, norm, speed, seconds)
+                print(*cells, sep=",", file=log)
             if (evaluating or stopped) and (val is None or math.isfinite(val)):
                 save("ckpt.pt")
 
     if not options.eval_only:
         grow(model, optimizer, cfg, step)
-        name = "ckpt.pt"
-        if rank == 0 and best < last_val:
-            name = "best.pt"
-            print0(
-                f"best: {best:.4f} at step {read_checkpoint(out / name)['step']:,}, {out / name}"
-            )
+        name = "best.pt" if best < math.inf else "ckpt.pt"
         print0(
             f"{step:,} steps, {seconds:.0f} s; --resume continues, also to other --max-steps. "
-            f"Try python sample.py --ckpt '{out / name}'"
+            f"Best: {best:.4f}. Try python sample.py --ckpt '{out / name}'"
         )
 
     # At the end, a whole split is evaluated, not only its first eval_tokens.
@@ -878,7 +868,7 @@ def train(cfg, options, ckpt):
     if dist.is_initialized():
         dist.destroy_process_group()
     if stopped:  # as in a shell: 130 is Ctrl-C; perhaps only another process was told to stop
-        sys.exit(128 + max(signals, default=signal.SIGTERM))
+        sys.exit(128 + max(signals, default=0))
 
 
 def main(argv=None):
