@@ -79,7 +79,7 @@ class Config:
     seed: int = 1337  # of the initial weights, the batches and dropout
     max_steps: int = 80_000  # optimizer steps
     batch_size: int = 8  # sequences in an optimizer step, over all devices
-    micro_batch: int = 8  # sequences in a forward pass on one device; gradients add up to the batch
+    micro_batch: int = 8  # sequences in a forward pass on a device; gradients add up to the batch
     eval_interval: int = 500  # steps between evaluations, each followed by a checkpoint
     eval_tokens: int = 2**16  # tokens that such an evaluation scores, from the start of val.bin
     log_interval: int = 10  # steps between lines of log.csv

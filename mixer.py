@@ -77,7 +77,7 @@ class Config:
     seed: int = 1337  # of the initial weights, the batches and dropout
     max_steps: int = 80_000  # optimizer steps
     batch_size: int = 8  # sequences in an optimizer step, over all devices
-    micro_batch: int = 8  # sequences in a forward pass on one device; gradients add up to the batch
+    micro_batch: int = 8  # sequences in a forward pass on a device; gradients add up to the batch
     eval_interval: int = 500  # steps between evaluations, each followed by a checkpoint
     eval_tokens: int = 2**16  # tokens that such an evaluation scores, from the start of val.bin
     log_interval: int = 10  # steps between lines of log.csv
@@ -95,58 +95,49 @@ class Mix(nn.Module):
         super().__init__()
         self.mixing = cfg.mixing
         self.rotary = cfg.rotary
-        size = cfg.block_size
+        shape = (cfg.block_size, cfg.block_size)
         if cfg.mixing == "expanded":
-            # Each position has two hidden units: W leads to them, W_out from them. Their bias has
+            # Each position has two hidden units: W_in leads to them, W from them. Their bias has
             # one dimension, so that weight decay leaves it alone.
-            self.W = nn.Parameter(torch.empty(2, size, size))
-            self.bias = nn.Parameter(torch.empty(2 * size))
-            self.W_out = nn.Parameter(torch.empty(2, size, size))
-        else:
-            # A bias would add one number to all channels of a position: the next LayerNorm would
-            # subtract it again.
-            self.W = nn.Parameter(torch.empty(size, size))
+            shape = (2, *shape)
+            self.W_in = nn.Parameter(torch.empty(shape))
+            self.bias = nn.Parameter(torch.empty(2 * cfg.block_size))
+        # A bias here would add one number to all channels of a position, and the next LayerNorm
+        # would subtract it again.
+        self.W = nn.Parameter(torch.empty(shape))
 
     def forward(self, x, cache=None, layer=0):
-        B, T, C = x.shape
-        past = 0 if cache is None else cache.length  # tokens before x
-        S = past + T
+        """x (B, T, C), of the T new positions -> (B, T, C)."""
+        past = 0 if cache is None else cache.length  # positions before x
+        S = past + x.size(1)
         if self.rotary:
             x = rotate(x, past)
-        x = x.transpose(0, 1)  # (T, B, C)
-        if cache is not None:  # in sampling, see Cache below: past positions, then the new T
-            cache.x[layer, 0, past:S] = x
-            x = cache.x[layer, 0, :S]  # (S, B, C)
-        x = x.flatten(1)  # (S, B C): one product serves all texts and channels
+        if cache is not None:  # in sampling, see Cache below
+            cache.x[layer, :, past:S] = x
+            x = cache.x[layer, :, :S]  # (B, S, C)
 
-        W = self.W[..., past:S, :S]  # the T new positions look at all S
+        if self.mixing == "expanded":
+            hidden = torch.tril(self.W_in[:, :S, :S]) @ x[:, None]  # (B, 2, S, C)
+            x = F.gelu(hidden + self.bias.view(2, -1, 1)[:, :S], approximate="tanh")
+        # Row i of W is the new position past + i, which may look at the columns 0 to past + i. The
+        # other columns are masked here, at every step, so that they have no gradient.
+        W = self.W[..., past:S, :S]  # (T, S), or (2, T, S)
         if self.mixing == "softmax":  # -inf for a later position, because a 0 becomes exp(0) = 1
             W = (W + torch.full_like(W, -math.inf).triu(past + 1)).softmax(-1)
-        # Row i of W is position past + i, which may look at columns up to past + i. The rest of W
-        # is masked in the forward pass, at every step, so that it has no gradient.
-        y = torch.tril(W, past) @ x  # (T, S) @ (S, B C) -> (T, B C)
-
-        if self.mixing == "expanded":  # here W is (2, T, S), and y is (2, T, B C)
-            h = F.gelu(y + self.bias.view(2, -1, 1)[:, past:S], approximate="tanh")
-            if cache is not None:
-                cache.x[layer, 1:, past:S] = h.view(2, T, B, C)
-                h = cache.x[layer, 1:, :S].flatten(2)  # (2, S, B C)
-            y = torch.tril(self.W_out[:, past:S, :S], past) @ h  # (2, T, B C)
-            y = y.sum(0)
-        return y.view(T, B, C).transpose(0, 1)  # (T, B C) -> (B, T, C)
+        y = torch.tril(W, past) @ x  # (T, S) @ (B, S, C) -> (B, T, C)
+        return y.sum(1) if self.mixing == "expanded" else y  # (B, 2, T, C) -> (B, T, C)
 
 
 def rotate(x, past):
     """Rotates pairs of channels of x (B, T, C), which comes after `past` tokens, by angles that
     grow with the position (Su et al. 2021, arXiv 2104.09864, section 3.2.2)."""
     T, C = x.shape[1:]
-    positions = torch.arange(past, past + T, device=x.device)
-    slowness = 10_000 ** (torch.arange(0, C, 2, device=x.device) / C)  # (C / 2), from 1 to 10,000
-    angle = positions[:, None] / slowness  # (T, C / 2)
-    even, odd = x[..., 0::2], x[..., 1::2]  # (B, T, C / 2)
-    cos, sin = angle.cos(), angle.sin()
-    pairs = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
-    return pairs.flatten(2).to(x.dtype)  # (B, T, C / 2, 2) -> (B, T, C)
+    positions = torch.arange(past, past + T, device=x.device)[:, None]
+    angle = positions / 10_000 ** (torch.arange(0, C, 2, device=x.device) / C)  # (T, C / 2)
+    angle = angle[..., None]
+    pairs = x.unflatten(-1, (-1, 2))  # (B, T, C / 2, 2)
+    turned = torch.stack((-pairs[..., 1], pairs[..., 0]), dim=-1)  # by a right angle
+    return (pairs * angle.cos() + turned * angle.sin()).flatten(2).to(x.dtype)  # (B, T, C)
 
 
 class MLP(nn.Module):
@@ -203,8 +194,6 @@ class Model(nn.Module):
         super().__init__()
         if cfg.mixing not in ("flat", "softmax", "expanded"):
             raise UserError(f"mixing {cfg.mixing!r} is not flat, softmax or expanded")
-        if cfg.rotary and cfg.n_embd % 2:
-            raise UserError(f"n_embd {cfg.n_embd} is odd: rotary needs pairs of channels")
         self.cfg = cfg
         padded = math.ceil(cfg.vocab_size / 64) * 64  # matrix products of such a size are faster
         self.wte = nn.Embedding(padded, cfg.n_embd)
@@ -246,37 +235,24 @@ class Model(nn.Module):
 class Cache:
     """What Mix multiplies by W, of all tokens read so far, so that one more token costs one row.
 
-    It is half as much as keys and values: one vector for each position and layer. With `expanded`
-    there are three, since the two hidden units are kept, too.
+    It is half as much as keys and values: one vector for each position and layer. The hidden units
+    of `expanded` are not kept: they are computed again for each token.
     """
 
     def __init__(self, model, batch_size):
         cfg = model.cfg
-        n = 3 if cfg.mixing == "expanded" else 1  # vectors
-        shape = (cfg.n_layer, n, cfg.block_size, batch_size, cfg.n_embd)
+        shape = (cfg.n_layer, batch_size, cfg.block_size, cfg.n_embd)
         self.x = model.wte.weight.new_empty(shape)
         self.length = 0  # positions that are filled, the same in all layers
 
     def select(self, rows):
-        """Text i is replaced by text rows[i]. Only the positions that are filled are copied."""
-        old = self.x
-        self.x = old.new_empty(*old.shape[:3], len(rows), old.size(4))
-        self.x[:, :, : self.length] = old[:, :, : self.length, rows]
+        """Text i is replaced by text rows[i]."""
+        self.x = self.x[:, rows]
 
 
 # Named sizes and their training.
-DEMO = dict(
-    n_layer=4,
-    n_embd=128,
-    batch_size=4,
-    micro_batch=4,
-    max_steps=950,
-    eval_interval=250,
-    log_interval=50,
-    learning_rate=4e-3,
-    warmup_steps=60,
-)
-PRESETS = {"demo": DEMO}
+DEMO = dict(batch_size=4, max_steps=950, learning_rate=4e-3)
+PRESETS = {"demo": dict(n_layer=4, n_embd=128, **DEMO)}
 
 
 # The three functions that the training loop calls. Each model file has its own.

@@ -55,12 +55,12 @@ def plain_mix(mix, x):
         if mix.mixing == "softmax":
             rows = [row.softmax(0) for row in rows]
         sums = [sum(w * x[:, s] for s, w in enumerate(row)) for row in rows]
-        return torch.stack(sums).transpose(0, 1)  # in memory, positions come first, as in the model
+        return torch.stack(sums, dim=1)
     # Two matrices, each masked by the positions of the 2 T hidden units.
     of_unit = position.repeat(2)  # 0 .. T-1, and again
-    into = mix.W.flatten(0, 1)  # (2 T, T)
+    into = mix.W_in.flatten(0, 1)  # (2 T, T)
     into = into * (of_unit[:, None] >= position)
-    out = torch.cat([mix.W_out[0], mix.W_out[1]], dim=1)  # (T, 2 T)
+    out = torch.cat([mix.W[0], mix.W[1]], dim=1)  # (T, 2 T)
     out = out * (position[:, None] >= of_unit)
     hidden = into @ x + mix.bias[:, None]
     return out @ F.gelu(hidden, approximate="tanh")
@@ -145,7 +145,7 @@ def test_a_cache_has_one_vector_for_each_position_and_layer_half_as_much_as_gpt2
     gpt2s = small("gpt2", n_layer=3).new_cache(5)
     assert 2 * ours.x.numel() == gpt2s.k.numel() + gpt2s.v.numel()
     expanded = small("mixer", n_layer=3, mixing="expanded").new_cache(5)
-    assert expanded.x.numel() == 3 * ours.x.numel()  # and its two hidden vectors
+    assert expanded.x.numel() == ours.x.numel()  # hidden units are computed again
 
 
 # --- what learns
@@ -226,11 +226,6 @@ def test_every_option_trains_and_its_checkpoint_computes_the_same(
     assert torch.equal(model(idx), models[-1].eval()(idx))
 
 
-@pytest.mark.parametrize(
-    "wrong, word",
-    [(dict(mixing="foo"), "mixing 'foo'"), (dict(n_embd=47, rotary=True), "n_embd 47 is odd")],
-    ids=str,
-)
-def test_an_invalid_config_is_refused(wrong, word):
-    with pytest.raises(mixer.UserError, match=word):
-        small("mixer", **wrong)
+def test_an_invalid_config_is_refused():
+    with pytest.raises(mixer.UserError, match="mixing 'foo'"):
+        small("mixer", mixing="foo")

@@ -20,7 +20,8 @@ def source(name):
 
 
 def between(text, first, last):
-    return text[text.index(first) : text.index(last)]
+    start = text.index(first)
+    return text[start : text.index(last, start)]
 
 
 # --- one file beside gpt2.py
@@ -54,7 +55,7 @@ IDEAS = {
     "mixer": "Config Block Model Cache",
     "progressive": "Config Attention Model grow",
     "conv_attention": "Config Model Cache",
-    "scratch_former": "Config Attention Block Model Cache configure_optimizer learning_rate",
+    "scratch_former": "Config Attention MLP Block Model Cache configure_optimizer learning_rate",
 }
 
 
