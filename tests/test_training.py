@@ -364,6 +364,8 @@ def test_resume_keeps_the_options_and_init_from_does_not(ended, again, data, tmp
     assert [row["step"] for row in rows(out)] == ["1"] and checkpoint(out)["tokens"] == 128
     first = float(rows(ended[0])[0]["train_loss"])
     assert float(rows(out)[0]["train_loss"]) < first - 0.3
+    of_preset = gpt2.parse(["--preset", "gpt2", "--n-layer", "3"])[0]  # and one that is typed
+    assert (of_preset.n_layer, of_preset.n_head, of_preset.seed) == (3, 12, default["seed"])
 
 
 def test_a_checkpoint_s_memory_is_free_in_training(again, data, monkeypatch):
@@ -463,13 +465,20 @@ def test_perplexity_per_word_needs_words():
 def test_compiled_losses_are_the_eager_ones(data, tmp_path, monkeypatch):
     """Without g++, which takes half a minute: it is torch's own, and tests/soak.py runs it. This
     data set has no validation split."""
-    compiler = functools.partial(torch.compile, backend="aot_eager")
+    compilation, compiled = torch.compile, []
+
+    def compiler(model):
+        compiled.append(model)
+        return compilation(model, backend="aot_eager")
+
     monkeypatch.setattr(torch, "compile", compiler)
     folder = shutil.copytree(data, tmp_path / "set")
     change(folder, splits={"train": change(folder)["splits"]["train"]})
     eager = train("gpt2", folder, tmp_path / "eager", "--max-steps", 2)
-    compiled = train("gpt2", folder, tmp_path / "compiled", "--max-steps", 2, "--compile")
-    losses = [column(log, "train_loss") for log in (eager, compiled)]
+    assert compiled == []
+    other = train("gpt2", folder, tmp_path / "compiled", "--max-steps", 2, "--compile")
+    assert len(compiled) == 1, "compiled once, since the network does not grow"
+    losses = [column(log, "train_loss") for log in (eager, other)]
     assert losses[0] == pytest.approx(losses[1], abs=1e-4)
     names = [checkpoint(tmp_path / run)["model"].keys() for run in ("eager", "compiled")]
     assert names[0] == names[1]
