@@ -21,8 +21,9 @@ help:
 	@echo 'make train MODEL=gpt2 ARGS=...  train a model file; ARGS are its options: ARGS="--preset report --device cuda"'
 	@echo 'make compare                    all models on the same tokens, three seeds: results/compare.md; SCALE=quick'
 	@echo 'make plot RUNS="out/a out/b"    validation loss of your own runs, over tokens and over time: out/plot.svg'
+	@echo 'make ablate                     what each line of gpt2.py is worth: results/ablations.md; 90 minutes; SCALE=quick'
 	@echo "make march                      MARCH's encoder-decoders at equal parameters: results/march.md; two hours"
-	@echo 'make bench NANOGPT=DIR          speed beside nanoGPT (DIR is a clone of it), transformers, tokenizers and tiktoken'
+	@echo 'make bench NANOGPT=DIR          speed beside nanoGPT (DIR is a clone of it) and transformers'
 	@echo 'make test                       run the tests; TORCH=2.14.1: with that torch, in .venv-2.14.1'
 	@echo 'make mutants                    plant sixty faults, one after the other: do the tests notice each?'
 	@echo 'make soak                       run the long tests: killed runs'
@@ -63,13 +64,15 @@ plot: $(VENV)/installed-dev
 	@echo 'Drawn: out/plot.svg'
 
 march: $(VENV)/installed-dev
-	$(PY) bench/march.py
+	$(PY) bench/ablate.py march
+
+ablate: $(VENV)/installed-dev
+	$(PY) bench/ablate.py '$(SCALE)'
 
 bench: $(VENV)/installed-dev
 	$(PY) bench/train.py $${NANOGPT:+--nanogpt "$$NANOGPT"}
 	$(PY) bench/decode.py
 	$(PY) bench/growth.py
-	$(PY) bench/data.py
 
 test: $(VENV)/installed-dev
 	$(PY) -m pytest -n auto
@@ -87,4 +90,4 @@ lint: $(VENV)/installed-dev
 clean:
 	rm -rf .venv .venv-* __pycache__ bench/__pycache__ tests/__pycache__ .pytest_cache .ruff_cache
 
-.PHONY: help demo data train compare plot march bench test mutants soak lint clean
+.PHONY: help demo data train compare plot ablate march bench test mutants soak lint clean

@@ -3,21 +3,22 @@ hidden tokens the first two name.
 
     python bench/blanks.py out/masked out/spans out/next       the runs of results/scratch_former.md
 
-The twenty hidden tokens are chosen by a rule: every 500th of those in val.bin that are a keyword, a
-bracket, or a whole name seen a hundred times in training. A model sees 60 tokens on either side.
-Losses are of the first --eval-tokens of val. Draws out/blanks.svg; with --save, results/blanks.svg.
+The twenty are chosen by a rule: every 500th token of val.bin that is a keyword, a bracket, or a
+whole name seen a hundred times in training. A model sees 60 tokens on either side. Losses are of
+the first --eval-tokens of val. Draws out/blanks.svg; with --save, results/blanks.svg.
 """
 
-import argparse
 import keyword
 import math
 import os
+import sys
 
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as in the model files, before torch is imported
 
 import numpy as np
 import torch
-from runs import COLORS, ROOT, curve, level, log, picture
+from runs import COLORS, curve, level, log, picture
+from train import ROOT
 
 import gpt2
 import sample
@@ -44,10 +45,8 @@ def places(tokens, train, tokenizer):
     texts = [tokenizer.decode([token]) for token in tokens.tolist()]
     for i, (before, text, after) in enumerate(zip([" ", *texts], texts, [*texts[1:], " "])):
         word = text.strip()
-        known = word in (*keyword.kwlist, *"()[]{}")
-        if often[tokens[i]] and word.isidentifier():
-            known = True
-        # It is whole, if neither the letter before it nor the one after it could belong to it.
+        known = word in (*keyword.kwlist, *"()[]{}") or (often[tokens[i]] and word.isidentifier())
+        # It is whole if neither the letter before it nor the one after it could belong to it.
         pairs = (before[-1] + text[0], text[-1] + after[0])
         if known and not any(f"_{pair}".isidentifier() for pair in pairs):
             yield i
@@ -55,42 +54,32 @@ def places(tokens, train, tokenizer):
 
 def draw(figure, below):
     axis = figure.subplots()
-    color = COLORS["scratch_former"]
     for name, points in below.items():
-        curve(axis, points, name, color=color, ls=STYLES[name])
+        curve(axis, points, name, color=COLORS["scratch_former"], ls=STYLES[name])
     level(axis, 0, "token frequencies")
     axis.set_xlabel("tokens read, millions")
     axis.set_ylabel("nats below token frequencies\n(higher is better)")
 
 
-def score(folders, path):
-    """Prints a row for each run, and draws how far it is below token frequencies. Returns the
-    models that fill blanks, {objective: model}, and tokenizer and splits of the last run."""
-    models = {}
-    below = {}
+def main(folders, path):
     print("| objective | parameters | tokens read | loss | frequencies | below |")
     print("| --- " * 6 + "|")
+    models = {}
+    below = {}
     for folder in folders:
         model, tokenizer = sample.load(ROOT / folder / "ckpt.pt")
-        name = model.cfg.objective
         splits = gpt2.open_data(ROOT / model.cfg.data)[2]
-        rows = log(folder)
-        n = sum(p.numel() for p in model.parameters())
         base = baseline(model.cfg, splits)
-        # The table and the picture score the same tokens: the first --eval-tokens of val.
-        rows = [row for row in rows if row["val_loss"] is not None]
-        nats = rows[-1]["val_loss"]
-        read = f"{rows[-1]['tokens'] / 1e6:.1f}M"
-        print(f"| {name} | {n:,} | {read} | {nats:.3f} | {base:.3f} | {base - nats:.3f} |")
-        below[name] = [(row["tokens"] / 1e6, base - row["val_loss"]) for row in rows]
+        name = model.cfg.objective
+        points = [(row["tokens"] / 1e6, row["val_loss"]) for row in log(folder) if row["val_loss"]]
+        read, nats = points[-1]
+        n = sum(p.numel() for p in model.parameters())
+        print(f"| {name} | {n:,} | {read:.1f}M | {nats:.3f} | {base:.3f} | {base - nats:.3f} |")
+        below[name] = [(x, base - y) for x, y in points]
         if name != "next":
             models[name] = model
     picture(path, (8, 3.5), lambda figure: draw(figure, below))
-    return models, tokenizer, splits
 
-
-def fill(models, tokenizer, splits):
-    """Prints a row for each of twenty hidden tokens: its line, and what the models say."""
     print("\n| line | hidden |", " | ".join(models), "|\n" + "| --- " * 4 + "|")
     right = dict.fromkeys(models, 0)
     for i in [*places(splits["val"], splits["train"], tokenizer)][499:10_000:500]:
@@ -98,8 +87,8 @@ def fill(models, tokenizer, splits):
         before, hidden, after = (tokenizer.decode(p.tolist()) for p in window.split([60, 1, 60]))
         line = f"{before.splitlines()[-1]}____{after.splitlines()[0]}".strip()
         cells = [f"`` {line} ``", f"`{hidden!r}`"]
-        window[60] = next(iter(models.values())).cfg.vocab_size  # the mask, and the first sentinel
         for name, model in models.items():
+            window[60] = model.cfg.vocab_size  # the mask, or the first sentinel
             filled = tokenizer.decode(sample.fill(model, window[None])[0][60:-60])
             right[name] += filled == hidden
             cells.append(f"`{filled!r}`" + " ✓" * (filled == hidden))
@@ -108,9 +97,6 @@ def fill(models, tokenizer, splits):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("run", nargs="+", help="folder of a run of scratch_former.py")
-    parser.add_argument("--save", action="store_true", help="draw into results/, not into out/")
-    args = parser.parse_args()
-    path = "results/blanks.svg" if args.save else "out/blanks.svg"
-    fill(*score(args.run, path))
+    save = "--save" in sys.argv
+    folders = [word for word in sys.argv[1:] if word != "--save"]
+    main(folders, "results/blanks.svg" if save else "out/blanks.svg")

@@ -1,8 +1,7 @@
 """How cost grows with the context, from 128 to 4,096 tokens: two tables and results/growth.svg.
 
-A training step has 4,096 tokens, at context T as 4,096 / T texts; its memory is the peak above what
-imports take. A decoding step is the mean of 64 steps that follow T tokens. Models have the shapes
-of bench/compare.py, and progressive.py is in its last stage.
+A training step has 4,096 tokens, at context T as 4,096 / T texts. A decoding step is the mean of 64
+that follow T tokens. Models are those of bench/compare.py, progressive.py's in its last stage.
 """
 
 import os
@@ -11,7 +10,7 @@ import time
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as in the model files, before torch is imported
 
 import torch
-from compare import ENDS_AS, MODELS, build
+from compare import FINAL, build
 from runs import curve, picture
 from train import machine, race
 
@@ -34,7 +33,7 @@ PANELS = {  # which number, and what it is
 @torch.no_grad()
 def decoding(command, context):
     """Milliseconds of a cached step at batch 1, 8 and 64."""
-    model = build(command, f"--vocab-size 4096 --block-size {context + 64}").eval()
+    model = build(command, f"--block-size {context + 64}").eval()
     model.to(gpt2.choose_device("cpu", "auto")[1])
     for batch in (1, 8, 64):
         cache = model.new_cache(1)
@@ -53,24 +52,19 @@ def draw(figure, rows):
             curve(axis, [(row[0], row[i]) for row in rows[name]], name)
         axis.set_xscale("log", base=2)
         axis.set_xticks(CONTEXTS, [f"{n:,}" for n in CONTEXTS])
-        axis.set_xlabel("context, tokens")
-        axis.set_yscale("log")
-        axis.set_ylabel(label)
+        axis.set(xlabel="context, tokens", ylabel=label, yscale="log")
 
 
 def main():
-    steps = []
-    for context in CONTEXTS:
-        steps.append(f"--vocab-size 4096 --block-size {context} --batch-size {4096 // context}")
     rows = {}
-    for name, (options, _) in MODELS.items():
+    for name, model in FINAL.items():
         if "," in name:  # another shape, or 64 ahead
             continue
-        model = f"{options} {ENDS_AS.get(name, '')}"
-        trained = race([f"{model} {step}" for step in steps], turns=3, steps=1)
+        model += " --vocab-size 4096"
+        texts = [f"{model} --block-size {n} --batch-size {4096 // n}" for n in CONTEXTS]
         rows[name] = []
-        for context, (speed, held) in zip(CONTEXTS, trained):
-            rows[name].append((context, speed, held / 1e6, *decoding(model, context)))
+        for n, (speed, held) in zip(CONTEXTS, race(texts, turns=3, steps=1)):
+            rows[name].append((n, speed, held / 1e6, *decoding(model, n)))
     print(machine())
     for title, cell in TABLES.items():
         print(f"\n{title}\n\n| context |", " | ".join(f"{n:,}" for n in CONTEXTS), "|")

@@ -1,111 +1,134 @@
-"""Five pictures in results/, for which small models are trained first: an hour on two cores, and it resumes.
+"""Five pictures in results/, for which small networks are trained first. It resumes.
 
-leak: four symbols, each drawn by itself. ahead: nats by position in a block of 64 predicted at once. switch: three
-seeds of progressive.py and of a GPT-2 of its final size. recall: names whose values each text draws anew, so that where
-to copy from depends on the text. triangles: what a mixer's layers learn, and GPT-2's mean attention.
+    python bench/pictures.py switch recall    these two; without names, all of them
+
+leak: tokens that nothing predicts (bench/leak.py). ahead: nats by position in a block of 64 that is
+predicted at once. switch: progressive.py, and a GPT-2 of its final size, three seeds each. recall:
+names whose values each text draws anew, so that where to copy from depends on the text; the best of
+three learning rates. triangles: what a mixer's layers learn, and where GPT-2 attends.
 """
 
 import json
 import math
+import os
+import sys
+
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as in the model files, before torch is imported
 
 import numpy as np
 import torch
 from compare import MODELS
 from leak import NETWORKS
 from leak import train as train_on_random_tokens
-from runs import GREY, ROOT, curve, final, log, mean_and_error, picture, side_by_side, train
-from train import shell
+from runs import COLORS, GREY, curve, final, level, mean_and_error, picture, slug, train_all
+from train import ROOT, prepare
 
 import gpt2
 import sample
 
-RECALL = "--device cpu --block-size 128 --batch-size 32 --micro-batch 32 --max-steps 1000 "
-RECALL += "--warmup-steps 100 --eval-interval 1000 --learning-rate 2e-3"
+FOLDER = "out/pictures"
 TEXT = "--device cpu --max-steps 1000 --eval-interval 1000 --log-interval 2 --learning-rate"
-AHEAD = "--n-layer 0,0,0,2,0,0,0 --n-embd 256 --widths 1,1,1 --n-head 4 --batch-size 8 --micro-batch 8 --device cpu "
-AHEAD += "--max-steps 1200 --warmup-steps 50 --learning-rate 2e-3 --eval-interval 60"
+SMALL = "--n-layer 3 --n-embd 128 --block-size 256 --batch-size 8 --micro-batch 8"
+AHEAD = "--ahead 64 --n-layer 0,0,0,2,0,0,0 --n-embd 256 --widths 1,1,1 --n-head 4 --batch-size 8 "
+AHEAD += "--micro-batch 8 --max-steps 1200 --warmup-steps 50 --eval-interval 60 --device cpu"
 RUNS = {
-    "64 ahead": f"conv_attention.py {AHEAD}",
-    "gpt2, 3 blocks": f"gpt2.py {TEXT} 4e-3 --n-layer 3 --n-head 4 --n-embd 128",
-    "mixer": f"mixer.py {TEXT} 4e-3 --n-layer 3 --n-embd 128 --block-size 256 --batch-size 8 --micro-batch 8",
+    "64 ahead": f"conv_attention.py {AHEAD} --learning-rate 2e-3",
+    "gpt2, 3 layers": f"gpt2.py {SMALL} --n-head 4 {TEXT} 4e-3",
+    "mixer, 3 layers": f"mixer.py {SMALL} {TEXT} 4e-3",
 }
-SEEDS = {name: [f"{name}, seed {seed}" for seed in (1337, 1, 2)] for name in ("gpt2", "progressive")}  # 12 layers
-RUNS |= {run: f"{name}.py {TEXT} 2e-3 --{run.split(', ')[1]}" for name, runs in SEEDS.items() for run in runs}
-RECALLING = [name for name in MODELS if "64" not in name]  # 64 ahead is no next token
-RUNS |= {f"named {name}": f"{MODELS[name][0]} --data data/named {RECALL}" for name in RECALLING}
+SEEDS = (1337, 1, 2)
+RECALL = "--data data/named --device cpu --block-size 128 --batch-size 32 --micro-batch 32"
+RECALL_STEPS = (1000, 4000)
 BACK = [4, 8, 16, 32, 64]
 
 
 def named(rng, n, length):
-    """Texts (n, length) of 32 names, each followed by one of its 8 values, the same in a text; and how far back each
-    token was read before, in tokens: 0, nowhere."""
-    names, values = rng.integers(32, size=(n, length // 2)), rng.integers(8, size=(n, 32))
-    values = 32 + 8 * names + np.take_along_axis(values, names, axis=1)
-    back, latest = np.zeros((n, length), dtype=int), np.full((n, 32), -length)
+    """Texts (n, length) of 32 names, each followed by one of its 8 values, the same in a text; and
+    how far back each token was read before, in tokens: 0, nowhere."""
+    names = rng.integers(32, size=(n, length // 2))
+    value_of = rng.integers(8, size=(n, 32))  # in each text
+    values = 32 + 8 * names + np.take_along_axis(value_of, names, axis=1)
+    back = np.zeros((n, length), dtype=int)
+    latest = np.full((n, 32), -length)
     for i, name in enumerate(names.T):
         back[:, 2 * i + 1] = 2 * (i - latest[range(n), name])
         latest[range(n), name] = i
-    return np.stack([names, values], -1).reshape(n, length), np.where(back < length, back, 0)
+    texts = np.stack([names, values], -1).reshape(n, length)
+    return texts, np.where(back < length, back, 0)
 
 
 def write_tokens(name, vocab_size, draw):
     """Token files data/NAME of texts that draw(generator, number, length) gives first."""
-    path, splits = ROOT / "data" / name, {}
+    path = ROOT / "data" / name
     path.mkdir(parents=True, exist_ok=True)
+    splits = {}
     for split, n in (("train", 2048), ("val", 32)):
-        draw(np.random.default_rng(n), n, 1024)[0].astype("<u2").tofile(path / f"{split}.bin")
-        splits[split] = dict.fromkeys(("tokens", "bytes", "words"), 1024 * n) | {"documents": 1, "sha256": ""}
+        tokens = draw(np.random.default_rng(n), n, 1024)[0]
+        tokens.astype("<u2").tofile(path / f"{split}.bin")
+        splits[split] = dict.fromkeys(("tokens", "bytes", "words"), tokens.size)
     meta = {"vocab_size": vocab_size, "tokenizer": "bytes", "eot": 0, "splits": splits}
     (path / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
 
 
-def lines(figure, names, rows=None):
-    """Training losses over steps, each the mean of five rows of the log, of which there are `rows` or all."""
-    axis = figure.subplots()
-    for name in names:
-        steps, losses = zip(*((row["step"], row["train_loss"]) for row in log(f"out/pictures/{name}")[:rows]))
-        curve(axis, [*zip(steps[4:], np.convolve(losses, np.full(5, 0.2), "valid"))], name)
-    axis.set(xlabel="optimizer steps", ylabel="training loss, nats per token")
-    return axis
+def load(*setting):
+    """The network that was trained with a setting of train_all."""
+    return sample.load(ROOT / FOLDER / slug(*setting) / "ckpt.pt")[0]
 
 
 def draw_leak(figure):
     """Draws the training losses of bench/leak.py, each the mean of the last 20 steps."""
     axis = figure.subplots()
-    for name, (ahead, source) in NETWORKS.items():
+    for (name, (ahead, source)), style in zip(NETWORKS.items(), ("-", "--", ":")):
         losses = train_on_random_tokens(ahead, source)[0]
         means = np.convolve(losses, np.full(20, 1 / 20), "valid")
-        curve(axis, [*enumerate(means, 20)], name)
-    axis.axhline(math.log(4), color=GREY, ls="--")
-    axis.annotate("ln 4: no honest loss is below", (100, 1.4), color=GREY)
-    axis.set(xlabel="optimizer steps", ylabel="training loss, nats per token", ylim=(1.1, 1.45))
+        curve(axis, [*enumerate(means, 20)], name, color=COLORS["conv_attention"], ls=style)
+    level(axis, math.log(4), "ln 4: no honest loss is below", x=0.3)
+    label = "training loss, nats per token\n(lower is better, down to ln 4)"
+    axis.set(xlabel="optimizer steps", ylabel=label, ylim=(1.1, 1.45))
 
 
 def draw_switch(figure):
-    """Draws the losses around both switches, and prints how far all of val is after three seeds."""
-    axis = lines(figure, [runs[0] for runs in SEEDS.values()], rows=200)
-    for name, runs in SEEDS.items():
-        nats = [final(train(RUNS[run], f"out/pictures/{run}"), "nats") for run in runs]
-        print("{}: {:.4f} ± {:.4f} nats, {}".format(name, *mean_and_error(nats), nats))
+    """Draws the losses around both switches, each the mean of five rows of the log, and prints how
+    far all of val is after three seeds."""
+    settings = [(model, seed) for model in ("gpt2", "progressive") for seed in SEEDS]
+    command = "{}.py " + TEXT + " 2e-3 --seed {}"  # 12 layers
+    trained = train_all(FOLDER, settings, command.format)
+    axis = figure.subplots()
+    for model in ("gpt2", "progressive"):
+        rows = trained[model, SEEDS[0]][1][:200]
+        means = np.convolve([row["train_loss"] for row in rows], np.full(5, 1 / 5), "valid")
+        points = [*zip((row["step"] for row in rows[4:]), means)]
+        curve(axis, points, model)
+        nats = [final(trained[model, seed], "nats per token") for seed in SEEDS]
+        mean, error = mean_and_error(nats)
+        print(f"{model}: {mean:.4f} ± {error:.4f} nats, {nats}")
     for step, blocks in ((50, 6), (150, 12)):
         axis.axvline(step, color=GREY, ls="--")
         axis.annotate(f" {blocks} blocks", (step, 7.8), color=GREY)
-    loss = np.interp(step, *axis.lines[1].get_data())
-    arrow = {"color": "#d2691e", "arrowprops": {"arrowstyle": "<-", "color": "#d2691e"}, "ha": "center"}
-    axis.annotate("the source's jump, 1.92 to 3.19", (step, loss), (step, loss + 3.19 - 1.92), **arrow)
+    loss = np.interp(150, *zip(*points))
+    arrow = {"arrowprops": {"arrowstyle": "<-", "color": GREY}, "color": GREY, "ha": "center"}
+    jump = 3.19 - 1.92
+    axis.annotate("the source's jump, 1.92 to 3.19", (150, loss), (150, loss + jump), **arrow)
+    axis.set(xlabel="optimizer steps", ylabel="training loss, nats per token\n(lower is better)")
 
 
 @torch.no_grad()
 def draw_ahead(figure):
     """Prints and draws nats by position in a block of 64, for all blocks of val.bin that have 960
     tokens before them."""
-    model = sample.load(ROOT / "out/pictures/64 ahead/ckpt.pt")[0]
+    train_all(FOLDER, [("64 ahead",)], RUNS.get)
+    model = load("64 ahead")
     splits = gpt2.open_data(ROOT / model.cfg.data)[2]
     counts = np.bincount(splits["train"], minlength=model.cfg.vocab_size) + 1.0
     p = torch.from_numpy(counts / counts.sum())  # (V)
     windows = torch.from_numpy(splits["val"].astype(np.int64)).unfold(0, 1024, 64)
 
-    nats = {"token frequencies": 0, "mixed with those of 960 tokens": 0, "64 ahead": 0}
+    styles = {
+        "token frequencies": dict(color=GREY, ls="--"),
+        "mixed with those of 960 tokens": dict(color=GREY, ls=":"),
+        "conv_attention, 64 ahead": {},
+    }
+    nats = dict.fromkeys(styles, 0)
     for rows in windows.split(16):
         text, block = rows.split([960, 64], dim=1)
         counts = torch.stack([row.bincount(minlength=len(p)) for row in text])[:, None]  # (B, 1, V)
@@ -121,59 +144,87 @@ def draw_ahead(figure):
     for name, row in nats.items():
         parts = [*row.split([1, 1, 2, 4, 8, 16, 32]), row]
         print(f"| {name} |", *(f"{part.mean():.3f} |" for part in parts))
-        curve(axis, [*enumerate(row.tolist(), 1)], name)
-    axis.set(xlabel="position in the block of 64", ylabel="nats per token")
+        curve(axis, [*enumerate(row.tolist(), 1)], name, **styles[name])
+    axis.set(xlabel="position in the block of 64", ylabel="nats per token (lower is better)")
 
 
 @torch.no_grad()
 def draw_recall(figure):
     """Prints and draws the share of values read before that each model names."""
-    axis, (tokens, back) = figure.subplots(), map(torch.from_numpy, named(np.random.default_rng(0), 512, 128))
-    print("| tokens back |", " | ".join(f"{n} to {2 * n - 1}" for n in BACK), "|\n" + "| --- " * 6 + "|")
-    for name in RECALLING:
-        right = sample.load(ROOT / f"out/pictures/named {name}/ckpt.pt")[0](tokens[:, :-1]).argmax(-1) == tokens[:, 1:]
-        share = [right[(n <= back[:, 1:]) & (back[:, 1:] < 2 * n)].float().mean().item() for n in BACK]
-        print(f"| {name} |", " | ".join(f"{x:.0%}" for x in share), "|")
-        curve(axis, [*zip(BACK, share)], name)
-    axis.axhline(1 / 8, color=GREY, ls="--")
-    axis.set_xscale("log", base=2)
-    axis.set_xticks(BACK, BACK)
-    axis.set(xlabel="tokens back to where the value was read", ylabel="share named", ylim=(0, 1.05))
+    settings = []
+    for name, (_, rate) in MODELS.items():
+        if "," not in name:
+            rates = (rate / 4, rate / 2, rate)
+            settings += [("recall", name, steps, r) for steps in RECALL_STEPS for r in rates]
+
+    def command(_, name, steps, rate):
+        options = f"{MODELS[name][0]} {RECALL} --warmup-steps 100 --eval-interval {steps}"
+        return f"{options} --max-steps {steps} --learning-rate {rate:g}"
+
+    write_tokens("named", 288, named)
+    trained = train_all(FOLDER, settings, command)
+    tokens, back = map(torch.from_numpy, named(np.random.default_rng(0), 512, 128))
+    back = back[:, 1:]
+    print("| | rate |", " | ".join(f"{n} to {2 * n - 1}" for n in BACK), "|")
+    print("| --- " * 7 + "|")
+    for axis, steps in zip(figure.subplots(1, 2, sharey=True), RECALL_STEPS):
+        for name in dict.fromkeys(setting[1] for setting in settings):
+            of_rates = [setting for setting in settings if setting[1:3] == (name, steps)]
+            best = min(of_rates, key=lambda setting: final(trained[setting], "nats per token"))
+            right = load(*best)(tokens[:, :-1]).argmax(-1) == tokens[:, 1:]
+            shares = []
+            for n in BACK:
+                shares.append(right[(n <= back) & (back < 2 * n)].float().mean().item())
+            cells = [f"{name}, {steps:,} steps", f"{best[3]:g}", *(f"{x:.0%}" for x in shares)]
+            print(f"| {' | '.join(cells)} |")
+            curve(axis, [*zip(BACK, shares)], name)
+        level(axis, 1 / 8, "chance")
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(BACK, BACK)
+        axis.set(title=f"after {steps:,} steps", ylim=(0, 1.05))
+        axis.set_xlabel("tokens back to where the value was read")
+        axis.set_ylabel("share of values named (higher is better)")
 
 
 @torch.no_grad()
 def draw_triangles(figure):
-    """Row t: the weights of positions 0 to t. Attention is the mean over heads and 64 texts of val.bin."""
-    mixer, model = (sample.load(ROOT / f"out/pictures/{name}/ckpt.pt")[0] for name in ("mixer", "gpt2, 3 blocks"))
+    """Row t: the weights of positions 0 to t. Attention is the mean over heads and 64 texts of
+    val.bin."""
+    train_all(FOLDER, [("mixer, 3 layers",), ("gpt2, 3 layers",)], RUNS.get)
+    mixer = load("mixer, 3 layers")
+    model = load("gpt2, 3 layers")
     attention = []
 
-    def attend(layer, x, qkv):  # from what a block's Linear layer for queries, keys and values returns
+    def attend(layer, x, qkv):  # from queries, keys and values, (B, T, 3 C), of 4 heads
         q, k, _ = qkv.unflatten(-1, (3, 4, -1)).permute(2, 0, 3, 1, 4)
-        scores = q @ k.mT / math.sqrt(q.size(-1)) + torch.full(2 * [q.size(2)], -math.inf).triu(1)
+        mask = torch.full(2 * [q.size(2)], -math.inf).triu(1)
+        scores = q @ k.mT / math.sqrt(q.size(-1)) + mask
         attention.append(scores.softmax(-1).mean((0, 1)))
 
     for block in model.h:
         block.attn.c_attn.register_forward_hook(attend)
     tokens = gpt2.open_data(ROOT / model.cfg.data)[2]["val"][: 64 * 256]
     model(torch.from_numpy(tokens.astype(np.int64)).view(64, 256))
-    maps = {"mixer": [block.mix.maps[0].weight.squeeze().tril() for block in mixer.h], "gpt2": attention}
+    maps = {"mixer": [block.mix.W.tril() for block in mixer.h], "gpt2": attention}
     for axes, (name, images) in zip(figure.subplots(2, 3), maps.items()):
-        for layer, (axis, image) in enumerate(zip(axes, images), 1):
+        for i, (axis, image) in enumerate(zip(axes, images), 1):
             image = image.sign() * image.abs().sqrt()  # so that small weights are seen
             most = image.abs().quantile(0.999).item()
-            axis.imshow(image.where(image != 0, math.nan), cmap="RdBu", vmin=-most, vmax=most, zorder=2)
-            axis.set_title(f"{name}, layer {layer}")
+            image = image.where(image != 0, math.nan)
+            axis.imshow(image, cmap="RdBu", vmin=-most, vmax=most, zorder=2)
+            axis.set_title(f"{name}, layer {i}", color=COLORS[name])
+            axis.set(xlabel="position that is read", ylabel="position that reads")
 
 
-def main():
-    if not (ROOT / "data/stdlib/meta.json").exists():
-        shell("prepare_data.py stdlib")
-    write_tokens("named", 288, named)
-    side_by_side(lambda submit: [run.result() for run in [submit(c, f"out/pictures/{n}") for n, c in RUNS.items()]])
-    for draw in (draw_leak, draw_ahead, draw_switch, draw_recall):
-        picture(f"results/{draw.__name__[5:]}.svg", (8, 3.5), draw)
-    picture("results/triangles.png", (9, 6), draw_triangles)
-
+PICTURES = {
+    "leak": ("results/leak.svg", (9, 3.5), draw_leak),
+    "ahead": ("results/ahead.svg", (9, 3.5), draw_ahead),
+    "switch": ("results/switch.svg", (8, 3.5), draw_switch),
+    "recall": ("results/recall.svg", (12, 4), draw_recall),
+    "triangles": ("results/triangles.png", (9, 6), draw_triangles),
+}
 
 if __name__ == "__main__":
-    main()
+    prepare("prepare_data.py stdlib --out data/stdlib")
+    for name in sys.argv[1:] or PICTURES:
+        picture(*PICTURES[name])

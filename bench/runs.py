@@ -1,8 +1,6 @@
-"""What the comparisons share: trainings side by side, the mean of seeds, pictures.
+"""What the comparisons share: trainings side by side, pages, pictures.
 
-    python bench/runs.py out/gpt2 out/mixer      (make plot RUNS="out/gpt2 out/mixer")
-
-draws the validation loss of your own runs: out/plot.svg
+make plot RUNS="out/gpt2 out/mixer"       draws the losses of your own runs: out/plot.svg
 """
 
 import csv
@@ -20,7 +18,7 @@ from functools import cache
 
 import matplotlib
 from matplotlib.figure import Figure
-from train import ROOT, shell
+from train import ROOT
 
 # Colours that are legible on white and on black. A model has the same one in every picture.
 GREY = "#808080"
@@ -33,8 +31,6 @@ COLORS = {
 }
 RUNNING = set()  # processes that train
 
-# --- trainings
-
 
 def log(out):
     """The rows of a run's log.csv, as dicts."""
@@ -43,46 +39,47 @@ def log(out):
     return [{key: float(text) if text else None for key, text in row.items()} for row in rows]
 
 
+def slug(*parts):
+    """A name for a folder: ("gpt2, 12 layers", 0.002) gives gpt2-12-layers-0.002."""
+    name = "-".join(f"{part:g}" if isinstance(part, float) else str(part) for part in parts)
+    return re.sub(r"[^\w./-]+", "-", name)
+
+
 @cache
 def copy_code(folder):
     """Copies the code to FOLDER/code, unless it is there: runs from the copy do not change when a
-    file is edited. Says which model files have changed since."""
-    code = ROOT / folder / "code"
-    files = [*ROOT.glob("*.py"), *ROOT.glob("bench/*.py")]
-    if not code.exists():
-        temporary = ROOT / folder / "copying"
-        for file in files:
-            copy = temporary / file.relative_to(ROOT)
-            copy.parent.mkdir(parents=True, exist_ok=True)
+    file is edited. Says which files have changed since."""
+    for file in [*ROOT.glob("*.py"), *ROOT.glob("bench/*.py")]:
+        copy = ROOT / folder / "code" / file.relative_to(ROOT)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        if not copy.exists():
             shutil.copy(file, copy)
-        temporary.rename(code)
-    for file in ROOT.glob("*.py"):
-        if (code / file.name).read_bytes() != file.read_bytes():
-            print(
-                f"{file.name} has changed. Runs go on with {folder}/code, as they began", flush=True
-            )
+        elif copy.read_bytes() != file.read_bytes():
+            print(f"{file.name} has changed. Runs go on with {folder}/code, as they began.")
 
 
-def train(folder, name, command, begin=None):
+def train(folder, name, command, begin=None, start=True):
     """Trains on one thread in FOLDER/NAME, with FOLDER/code. It resumes what was interrupted, does
     nothing if it is complete, and goes on from the run `begin` of the same folder, if there is one.
-    Returns what the training printed, and the rows of its log. If the loss became infinite, the
-    last line says that it is."""
-    out = ROOT / folder / name
+    Returns what the training printed, and the rows of its log. A loss that is not finite counts as
+    infinite. Raises ChildProcessError if it fails, or if it must not `start`."""
+    out = ROOT / folder / slug(name)
     printed = out / "printed.txt"
     if not printed.exists():
+        if not start:
+            raise ChildProcessError("there is no time left")
+        out.mkdir(parents=True, exist_ok=True)
         if begin and not (out / "ckpt.pt").exists():
-            out.mkdir(parents=True, exist_ok=True)
             for file in ("log.csv", "ckpt.pt"):
-                shutil.copy(ROOT / folder / begin / file, out / f"{file}.tmp")
-                (out / f"{file}.tmp").rename(out / file)
+                shutil.copy(ROOT / folder / slug(begin) / file, out / "copying")
+                (out / "copying").rename(out / file)
         file, *options = shlex.split(command)
-        words = [sys.executable, f"{folder}/code/{file}", *options, "--out", f"{folder}/{name}"]
-        if (out / "ckpt.pt").exists():
-            words.append("--resume")
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        words = [sys.executable, f"{folder}/code/{file}", *options, "--out", str(out)]
+        words += ["--resume"] * (out / "ckpt.pt").exists()
         pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        child = subprocess.Popen(words, cwd=ROOT, env=environment, **pipes)
+        pipes["start_new_session"] = True  # Ctrl-C reaches this program alone
+        one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
+        child = subprocess.Popen(words, cwd=ROOT, env=one_thread, **pipes)
         RUNNING.add(child)
         said, error = child.communicate()
         RUNNING.remove(child)
@@ -108,38 +105,31 @@ def side_by_side(function, items):
     try:
         return [*pool.map(function, items)]
     except (KeyboardInterrupt, ChildProcessError) as e:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         pool.shutdown(wait=False, cancel_futures=True)
         for child in RUNNING.copy():
             child.terminate()  # it saves its checkpoint
         pool.shutdown()
-        sys.exit(f"{e or 'interrupted'}\nThe same command goes on where this one stopped")
+        sys.exit(f"{str(e) or 'interrupted'}\nThe same command goes on where this one stopped")
 
 
 def train_all(folder, settings, command):
     """{setting: what train returns} of the trainings command(*setting), side by side. A setting is
-    a tuple, and gives the training its folder: ("gpt2", 0.002) trains in FOLDER/gpt2-0.002."""
+    a tuple, which gives the training its folder, too."""
     copy_code(folder)
-
-    def run(setting):
-        name = "-".join(f"{part:g}" if isinstance(part, float) else str(part) for part in setting)
-        return train(folder, re.sub(r"[^\w.-]+", "-", name), command(*setting))
-
     settings = [*settings]
-    return dict(zip(settings, side_by_side(run, settings)))
+    runs = side_by_side(lambda one: train(folder, slug(*one), command(*one)), settings)
+    return dict(zip(settings, runs))
 
 
 def best_rates(rates, measure, widen=True):
-    """{name: the best of its learning rates}. measure(rates) gives {name: {rate: loss}}. Where the
-    best one is the lowest or the highest, one beyond is added to `rates`, {name: [rate, ...]}."""
+    """{name: the best of its learning rates} of rates {name: [rate, ...]}. measure(pairs) gives
+    {(name, rate): loss}. Where the best one is the lowest or the highest, one beyond is added."""
     while True:
-        losses = measure(rates)
-        best = {name: min(found, key=found.get) for name, found in losses.items()}
-        beyond = {}
-        for name, tried in rates.items():
-            if best[name] == min(tried):
-                beyond[name] = best[name] / 2
-            elif best[name] == max(tried):
-                beyond[name] = best[name] * 2
+        losses = measure([(name, rate) for name in rates for rate in rates[name]])
+        best = {name: min(rates[name], key=lambda rate: losses[name, rate]) for name in rates}
+        beyond = {name: best[name] / 2 for name in rates if best[name] == min(rates[name])}
+        beyond |= {name: best[name] * 2 for name in rates if best[name] == max(rates[name])}
         if not beyond or not widen:
             return best
         for name, rate in beyond.items():
@@ -147,28 +137,31 @@ def best_rates(rates, measure, widen=True):
 
 
 def mean_and_error(values):
-    """The mean of a few seeds, and its standard error."""
-    return statistics.mean(values), statistics.stdev(values) / len(values) ** 0.5
+    """The mean of a few seeds, and its standard error (nan of one seed)."""
+    deviation = statistics.stdev(values) if len(values) > 1 else math.nan
+    return statistics.mean(values), deviation / len(values) ** 0.5
 
 
-# --- pages and pictures
-
-
-def prepare(command):
-    """Runs `prepare_data.py ... --out FOLDER`, unless the folder has a data set."""
-    if not (ROOT / command.split()[-1] / "meta.json").exists():
-        shell(command)
-
-
-def table(titles, rows):
-    """The lines of a Markdown table."""
-    rows = [titles, ["---"] * len(titles), *rows]
-    return ["| " + " | ".join(map(str, row)) + " |" for row in rows]
-
-
-def write_page(path, lines):
+def fill_page(name, folder, measured, commands, tables):
+    """Fills in results/NAME: the line that begins with "Measured", the block of commands, and the
+    tables, each a list of rows, titles first. Other text stays. Writes FOLDER/NAME, and prints."""
+    tables = iter(tables)
+    lines = []
+    before = ""
+    for line in (ROOT / "results" / name).read_text(encoding="utf-8").splitlines():
+        if line.startswith("Measured"):
+            lines.append(f"Measured: {measured}")
+        elif line.startswith("|") and not before.startswith("|"):
+            titles, *rows = next(tables)
+            for row in titles, ["---"] * len(titles), *rows:
+                lines.append(f"| {' | '.join(map(str, row))} |")
+        elif line.startswith("    python") and not before.startswith("    python"):
+            lines += [f"    python {command}" for command in commands]
+        elif not line.startswith(("|", "    python")):
+            lines.append(line)
+        before = line
     text = "\n".join(lines) + "\n"
-    (ROOT / path).write_text(text, encoding="utf-8")
+    (ROOT / folder / name).write_text(text, encoding="utf-8")
     print(text)
 
 
@@ -198,9 +191,9 @@ def curve(axis, points, name, **style):
     """Draws a line through points (x, y), its name at its end. `name` begins with that of a model,
     whose colour it has, or has a colour in `style`. Returns the colour."""
     style = {"color": COLORS.get(name.split(",")[0])} | style
-    marker = "." if len(points) == 1 else ""
-    (line,) = axis.plot(*zip(*points), marker=marker, **style)
-    color = line.get_color()
+    if len(points) == 1:
+        style["marker"] = "."
+    color = axis.plot(*zip(*points), **style)[0].get_color()
     place = dict(xytext=(4, 0), textcoords="offset points", va="center", gid="name")
     axis.annotate(name, points[-1], color=color, **place)
     return color
@@ -231,8 +224,7 @@ def plot(folders):
             for i, (name, rows) in enumerate(evaluations.items()):
                 points = [(row[column] / unit, row["val_loss"]) for row in rows]
                 curve(axis, points, name, color=f"C{i}")
-            axis.set_xlabel(label)
-            axis.set_ylabel("validation loss, nats per token (lower is better)")
+            axis.set(xlabel=label, ylabel="validation loss, nats per token (lower is better)")
 
     picture("out/plot.svg", (13, 4), draw)
 

@@ -6,8 +6,7 @@
 
 Each contestant is a process, because memory that a process keeps is part of its speed. They take
 turns of two training steps on random tokens. Prints median tokens/s, peak memory above what imports
-take, and ratios of the last to the fastest. On a GPU whose peak is known it prints MFU, too: the
-share of that peak that the matrix products of the network are computed at.
+take, ratios of the last to the fastest, and MFU, the share of a GPU's peak, where that is known.
 """
 
 import argparse
@@ -44,16 +43,10 @@ SHAPES = [  # of gpt2.py beside nanoGPT
     "--n-layer 4 --n-head 4 --n-embd 128 --vocab-size 4096 --batch-size 16",
     "--n-layer 6 --n-head 6 --n-embd 192 --vocab-size 50304 --batch-size 8",
 ]
-# TFLOP/s of dense matrix products in bfloat16, by what stands in the name of the card. The first
-# that fits counts: an H100 that is neither PCIe nor NVL is an SXM.
-PEAKS = {
-    "H100 PCIe": 756,
-    "H100 NVL": 835,
-    "H100": 989,
-    "H200": 989,
-    "A100": 312,
-    "RTX 4090": 165,
-}
+# TFLOP/s of dense matrix products in bfloat16, by what stands in the name of a card. The first that
+# fits counts: an H100 that is neither PCIe nor NVL is an SXM. MIG is a part of a card.
+PEAKS = {"MIG": None, "Laptop": None, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200": 989}
+PEAKS |= {"A100": 312, "RTX 4090": 165}
 
 
 def machine(device="cpu"):
@@ -64,14 +57,6 @@ def machine(device="cpu"):
     fast = [name for name in ("amx_bf16", "avx512_bf16") if capabilities.get(name)]
     cpu = " ".join([platform.machine(), *fast])
     return f"torch {torch.__version__}, {cpu}, {torch.get_num_threads()} threads"
-
-
-def peak_of(device):
-    """The card's peak in TFLOP/s, or None if it is not known."""
-    name = "" if device == "cpu" else torch.cuda.get_device_name(device)
-    if "MIG" in name or "Laptop" in name:  # a part of the card; a smaller card
-        return None
-    return next((peak for card, peak in PEAKS.items() if card in name), None)
 
 
 def flops_per_token(model, idx, targets):
@@ -94,6 +79,12 @@ def shell(command):
     print("$ python", command, file=sys.stderr, flush=True)
     if subprocess.run([sys.executable, *shlex.split(command)], cwd=ROOT).returncode:
         sys.exit(f"python {command}: failed")
+
+
+def prepare(command):
+    """Runs `prepare_data.py ... --out FOLDER`, unless the folder has a data set."""
+    if not (ROOT / command.split()[-1] / "meta.json").exists():
+        shell(command)
 
 
 def take_turns(file, *options):
@@ -188,8 +179,7 @@ def main():
     parser.add_argument("--device", default="cpu", help="(default: %(default)s)")
     args = parser.parse_args()
     races = [[f"{text} --vocab-size 4096" for text in (PAIRS[ours], ours)] for ours in PAIRS]
-    if args.command:
-        races = [args.command]
+    races = [args.command] if args.command else races
     for shape in SHAPES if args.nanogpt else []:
         peer = f"{Path(args.nanogpt).resolve()}/model.py {shape}"
         ours = f"gpt2.py {shape}"
@@ -197,9 +187,9 @@ def main():
         races.append([f"{peer} --dtype float32", ours])
         races.append([f"{fast} float32", f"{fast} bfloat16", f"{ours} --compile"])
     print(machine(args.device))
+    peak = next((PEAKS[name] for name in PEAKS if name in machine(args.device)), None)
     for commands in races:
-        device = f"--device {args.device}"
-        race([f"{command} {device}" for command in commands], 9, 2, peak_of(args.device))
+        race([f"{command} --device {args.device}" for command in commands], 9, 2, peak)
 
 
 if __name__ == "__main__":

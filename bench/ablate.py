@@ -1,0 +1,163 @@
+"""What is a line worth? A model is trained with a line replaced, or with other options.
+
+    make ablate                gpt2.py: results/ablations.md; an hour and a half on two cores
+    make ablate SCALE=quick    a tenth of it with one seed, to see that it works: into out/
+    make march                 the encoder-decoders of MARCH: results/march.md
+
+The tables of these pages say what is done: a name; the text that the model file has; what stands
+there instead, and options, which begin with "--"; a remark. This program trains each row and fills
+in the other cells: number of parameters, learning rate, time of a step, loss, its change against
+the first row of the table. It resumes. It draws the first table, too.
+"""
+
+import math
+import re
+import sys
+
+import runs
+from compare import DATA, MODELS, RUN
+from pictures import write_tokens
+from train import ROOT, machine, prepare
+
+SPANS = "scratch_former.py --objective spans --n-layer 4 --n-head 4 --head-dim 32 --n-embd 128 "
+SPANS += "--n-ff 512 --position relative --label-smoothing 0 --device cpu --block-size 128 "
+SPANS += "--batch-size 8 --micro-batch 8 --warmup-steps 300 --eval-tokens 16384"
+GPT2, RATE = MODELS["gpt2"]
+SEEDS = (1337, 1, 2)
+BITS, NATS = "bits per byte", "nats per token"
+SPAN_DATA = "prepare_data.py stdlib --tokenizer bpe:1024 --out data/march"
+EXPERIMENTS = {  # page, data, command, steps, learning rates to begin with, seeds, unit of the loss
+    "full": ("ablations", DATA["full"], f"{GPT2} {RUN}", 1000, [RATE], SEEDS, BITS),
+    "quick": ("ablations", DATA["quick"], f"{GPT2} {RUN}", 100, [RATE], SEEDS[:1], BITS),
+    "march": ("march", SPAN_DATA, SPANS, 1500, [2.5e-4, 5e-4, 1e-3, 2e-3], SEEDS, NATS),
+}
+
+
+def read_row(line):
+    """(name, texts of the model file, texts instead, options, remark) of a row of a page, or None
+    for any other line."""
+    cells = [cell.strip() for cell in line.strip("|").split("|")]
+    if not line.startswith("|") or cells[0] in ("", "---"):
+        return None
+    old, new = (re.findall("`([^`]+)`", cell) for cell in cells[1:3])
+    options = " ".join(code for code in new if code.startswith("--"))
+    old, new = ([code for code in codes if not code.startswith("--")] for codes in (old, new))
+    return cells[0], old, new, options, cells[3]
+
+
+def change(source, row):
+    """The text of a model file as a row wants it. Exits, naming the line, if the file does not have
+    it once."""
+    name, old, new, *_ = row
+    if len(old) != len(new):
+        sys.exit(f"{name}: {len(old)} lines to replace, and {len(new)} instead")
+    for before, after in zip(old, new):
+        if source.count(before) != 1:
+            sys.exit(f"{name}: the model file has {source.count(before)} times: {before}")
+        source = source.replace(before, after)
+    return source
+
+
+def train_rows(rows, scale, folder):
+    """{name of a row: (the rates that were tried, the best one, its trainings with all seeds)}."""
+    _, data, command, steps, rates, seeds, unit = EXPERIMENTS[scale]
+    data = data.split()[-1]
+    file, options = command.split(" ", 1)
+    options += f" --data {data} --max-steps {steps} --eval-interval {steps // 2}"
+    runs.copy_code(folder)
+    code = ROOT / folder / "code"
+    texts = {row[0]: change((code / file).read_text(encoding="utf-8"), row) for row in rows}
+    for name, text in texts.items():
+        (code / runs.slug(name)).mkdir(exist_ok=True)
+        (code / runs.slug(name) / file).write_text(text, encoding="utf-8")
+    more = {row[0]: row[3].replace("data/compare", data) for row in rows}
+
+    def command_of(name, rate, seed):
+        run = f"{runs.slug(name)}/{file} {options} {more[name]}"
+        return f"{run} --learning-rate {rate:g} --seed {seed}"
+
+    def losses(pairs):
+        found = runs.train_all(folder, [(*pair, seeds[0]) for pair in pairs], command_of)
+        return {(name, rate): runs.final(run, unit) for (name, rate, _), run in found.items()}
+
+    tried = {name: [*rates] for name in more}
+    best = runs.best_rates(tried, losses, widen=len(rates) > 1)
+    settings = [(name, best[name], seed) for name in more for seed in seeds]
+    found = runs.train_all(folder, settings, command_of)
+    of_seeds = {name: [found[name, best[name], seed] for seed in seeds] for name in more}
+    return {name: (sorted(tried[name]), best[name], of_seeds[name]) for name in more}
+
+
+def measure(found, base, unit):
+    """What is filled in for a row, its change against the row `base`, and the standard error."""
+    rates, best, trained = found
+    mean, its_error = runs.mean_and_error([runs.final(run, unit) for run in trained])
+    base_mean, base_error = runs.mean_and_error([runs.final(run, unit) for run in base[2]])
+    delta = mean - base_mean
+    error = math.hypot(its_error, base_error)
+    text = f"{delta:+.3f} ± {error:.3f}"
+    if abs(delta) <= 2 * error:
+        text += ", no effect at this size"
+    n_params = trained[0][0].split()[0]  # the first word that a training prints
+    ms = min(1000 * rows[-1]["seconds"] / rows[-1]["step"] for _, rows in trained)
+    of = f" of {', '.join(f'{rate:g}' for rate in rates)}" if len(rates) > 1 else ""
+    cells = [n_params, f"{best:g}{of}", f"{ms:.0f}", f"{mean:.3f} ± {its_error:.3f}"]
+    return [*cells, "" if found is base else text], delta, error
+
+
+def draw(figure, changes, theirs, file, unit):
+    """Dots with error bars of {name: (change, its standard error)}; diamonds: {name: change}."""
+    axis = figure.subplots()
+    names = sorted(changes, key=lambda name: changes[name][0])
+    means, errors = zip(*(changes[name] for name in names))
+    bars = dict(fmt="o", color=runs.COLORS[file], capsize=3, label="here, ± 2 standard errors")
+    axis.errorbar(means, names, xerr=[2 * error for error in errors], **bars)
+    if theirs:
+        source = dict(color=runs.GREY, label="the source, one seed")
+        axis.plot([*theirs.values()], [*theirs], "D", **source)
+    axis.axvline(0, color=runs.GREY, label=f"{file}.py as it is")
+    figure.legend(loc="outside upper center", ncols=3, frameon=False)
+    axis.set_xscale("symlog", linthresh=0.02)
+    axis.xaxis.set_major_formatter("{x:g}")
+    axis.set(xlabel=f"change of {unit} (further left is better)", ylabel="what is changed")
+
+
+def main(scale="full"):
+    name, data, command, steps, _, seeds, unit = EXPERIMENTS[scale]
+    folder = f"out/{name}-quick" if scale == "quick" else f"out/{name}"
+    results = folder if scale == "quick" else "results"
+    prepare(data)
+    if name == "ablations":  # what single rows need
+        prepare(data.replace("--out", "--tokenizer bytes --out") + "-bytes")
+        write_tokens("iid", 4, lambda rng, *size: [rng.integers(4, size=size)])
+    lines = (ROOT / f"results/{name}.md").read_text(encoding="utf-8").splitlines()
+    rows = [row for row in map(read_row, lines) if row]
+    found = train_rows(rows, scale, folder)
+
+    tables = []
+    changes = {}  # in the first table
+    theirs = {}
+    for above, line in zip(["", *lines], lines):
+        row = read_row(line)
+        if line.startswith("| ---"):
+            tables.append([[cell.strip() for cell in above.strip("|").split("|")]])
+            base = None  # the next row
+        elif row:
+            base = base or row[0]
+            cells, delta, error = measure(found[row[0]], found[base], unit)
+            tables[-1].append([*line.removeprefix("| ").split(" | ")[:4], *cells])
+            if row[0] != base and len(tables) == 1 and math.isfinite(delta):
+                changes[row[0]] = delta, error
+                if re.fullmatch(r"[-+][\d.]+", row[4]):
+                    theirs[row[0]] = float(row[4])
+    text = f"{len(seeds)} seeds, all of val, {machine()}, a thread a run. The first row:"
+    rate = f"{found[rows[0][0]][1]:g}"
+    options = f"--data {data.split()[-1]} --max-steps {steps} --learning-rate {rate}"
+    runs.fill_page(f"{name}.md", results, text, [data, f"{command} {options}"], tables)
+    file = command.split(".py")[0]
+    size = (9, 1.5 + 0.25 * len(changes))
+    runs.picture(f"{results}/{name}.svg", size, lambda f: draw(f, changes, theirs, file, unit))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
