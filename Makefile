@@ -18,7 +18,7 @@ export DATASET TOKENIZER NANOGPT PROMPT # the shell quotes them: "$$PROMPT" may 
 help:
 	@echo 'make demo PROMPT="def main("     prepare text, train a small GPT-2 on it, print a sample of every decoder'
 	@echo 'make data DATASET=... TOKENIZER=...   token files in data/ (stdlib, tinystories, a .txt, ...; bpe:4096, gpt2, ...)'
-	@echo 'make train MODEL=gpt2 ARGS=...  train a model file; ARGS are its options: ARGS="--preset report --device cuda"'
+	@echo 'make train MODEL=gpt2 ARGS=...  train a model file, with --preset demo or ARGS: ARGS="--preset report --device cuda"'
 	@echo 'make compare                    all models on the same tokens, three seeds: results/compare.md; SCALE=quick'
 	@echo 'make plot RUNS="out/a out/b"    validation loss of your own runs, over tokens and over time: out/plot.svg'
 	@echo 'make ablate                     what each line of gpt2.py is worth: results/ablations.md; 90 minutes; SCALE=quick'
@@ -53,7 +53,7 @@ data: $(VENV)/installed
 	$(PY) prepare_data.py "$$DATASET" --tokenizer "$$TOKENIZER" $(ARGS)
 
 train: $(VENV)/installed
-	$(PY) $(MODEL).py $(ARGS)
+	$(PY) $(MODEL).py $(or $(ARGS),--preset demo)
 
 compare: $(VENV)/installed-dev
 	$(PY) bench/compare.py '$(SCALE)'

@@ -1,30 +1,80 @@
 """The Makefile and the README say what is there."""
 
+import functools
+import io
 import re
 import subprocess
+from contextlib import redirect_stdout, suppress
 
 import pytest
-from conftest import ROOT
+import torch
+from conftest import ROOT, load, train
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "results").glob("*.md"))]
 
 
 def test_make_prints_help():
-    text = subprocess.run(["make", "-s"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    command = ["make", "-s"]
+    text = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     for target in ("demo", "data", "train", "test", "lint", "clean"):
         assert f"make {target}" in text
 
 
 def test_make_demo_passes_its_prompt_whole():
-    command = ["make", "-s", "-o", ".venv/installed", "demo", "PY=printf '%s\\n'", 'PROMPT=it\'s a "q" (x']
+    command = ["make", "-s", "-o", ".venv/installed", "demo"]
+    command += ["PY=printf '%s\\n'", 'PROMPT=it\'s a "q" (x']
     said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert 'it\'s a "q" (x' in said.splitlines()
 
 
-@pytest.mark.parametrize("page", [ROOT / "README.md", *(ROOT / "results").glob("*.md")], ids=lambda page: page.stem)
+@functools.cache
+def options_of(script):
+    """The options of a script: those that its --help lists, or, in bench/, that its text has."""
+    if "/" in script:
+        text = (ROOT / script).read_text(encoding="utf-8")
+    else:
+        with redirect_stdout(io.StringIO()) as help_text, suppress(SystemExit):
+            load(script.removesuffix(".py")).main(["--help"])
+        text = help_text.getvalue()
+    return set(re.findall(r"--[a-z][a-z-]*", text))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_options_exist_and_links_resolve(page):
     text = page.read_text(encoding="utf-8")
-    for script, options in re.findall(r"(?:python|nproc-per-node=\d+) ([\w/]+\.py)([^\n`#|]*)", text):
-        source = (ROOT / script).read_text(encoding="utf-8")
-        for option in re.findall(r" --([a-z][a-z-]+)", options):
-            assert f'"--{option}"' in source or f"    {option.replace('-', '_')}: " in source, f"{script} --{option}"
+    commands = re.findall(r"(?:python|nproc-per-node=\d+) ([\w/]+\.py)([^\n`#|]*)", text)
+    for script, words in commands:
+        for option in re.findall(r" (--[a-z][a-z-]+)", words):
+            assert option in options_of(script), f"{script} {option}"
     for link in re.findall(r"\]\(([^)#]+)\)", text):  # of pictures, too
         assert link.startswith("https://") or (page.parent / link).exists(), link
+
+
+def test_readme_is_a_first_page():
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= 220
+
+
+def test_the_diff_in_readme_has_lines_of_the_files():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    block = re.search(r"```diff\n(.*?)```", text, re.DOTALL)[1].splitlines()
+    assert 4 <= len(block) <= 15
+    for line in block:
+        file = {"-": "gpt2.py", "+": "mixer.py"}[line[0]]
+        lines = (ROOT / file).read_text(encoding="utf-8").splitlines()
+        assert line[1:].strip() in [other.strip() for other in lines], line
+
+
+def test_the_python_block_in_readme_runs(data, tmp_path, monkeypatch, capsys):
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    block = re.search(r"```python\n(.*?)```", text, re.DOTALL)[1]
+    train("gpt2", data, tmp_path / "out" / "demo", "--n-layer", 2, "--max-steps", 1)
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    capsys.readouterr()
+    exec(block, names)
+    said = capsys.readouterr().out
+    assert said.startswith("def main(") and "nats per token" in said
+    weights = names["weights"]  # (T, T)
+    assert torch.allclose(weights.sum(-1), torch.ones(len(weights)), atol=1e-5)
+    assert (weights.triu(1) == 0).all()
