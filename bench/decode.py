@@ -2,8 +2,7 @@
 
 Both compute in float32 and in bfloat16; the faster generate is the peer. Nucleus sampling has two
 settings: "flat", random weights, whose next token is anything; "text", the last norm scaled by 6.5,
-so that a next token has the entropy that it has in text, 4 to 5 nats. Prints steps/s, and ratios of
-turns. On a GPU: python bench/decode.py cuda
+so that the entropy is that of text, 4 to 5 nats. On a GPU: python bench/decode.py cuda
 """
 
 import os
@@ -62,8 +61,7 @@ def build(device):
 
 
 def main(device="cpu"):
-    versions = f"{machine(device)}, transformers {transformers.__version__}"
-    print(versions, gpt2.choose_device(device, "auto"))
+    print(f"{machine(device)}, transformers {transformers.__version__}")
     models = build(device)
     for name, (n_new, batch, scale, for_them, for_us) in SETTINGS.items():
         idx = torch.randint(50257, (1, 16), device=device).repeat(batch, 1)

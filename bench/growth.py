@@ -62,9 +62,8 @@ def main():
             continue
         model += " --vocab-size 4096"
         texts = [f"{model} --block-size {n} --batch-size {4096 // n}" for n in CONTEXTS]
-        rows[name] = []
-        for n, (speed, held) in zip(CONTEXTS, race(texts, turns=3, steps=1)):
-            rows[name].append((n, speed, held / 1e6, *decoding(model, n)))
+        trained = zip(CONTEXTS, race(texts, turns=3, steps=1))
+        rows[name] = [(n, speed, held / 1e6, *decoding(model, n)) for n, (speed, held) in trained]
     print(machine())
     for title, cell in TABLES.items():
         print(f"\n{title}\n\n| context |", " | ".join(f"{n:,}" for n in CONTEXTS), "|")

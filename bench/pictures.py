@@ -82,7 +82,7 @@ def draw_leak(figure):
         losses = train_on_random_tokens(ahead, source)[0]
         means = np.convolve(losses, np.full(20, 1 / 20), "valid")
         curve(axis, [*enumerate(means, 20)], name, color=COLORS["conv_attention"], ls=style)
-    level(axis, math.log(4), "ln 4: no honest loss is below", x=0.3)
+    level(axis, math.log(4), "ln 4: no honest loss is below", x=0.55)
     label = "training loss, nats per token\n(lower is better, down to ln 4)"
     axis.set(xlabel="optimizer steps", ylabel=label, ylim=(1.1, 1.45))
 
@@ -107,8 +107,7 @@ def draw_switch(figure):
         axis.annotate(f" {blocks} blocks", (step, 7.8), color=GREY)
     loss = np.interp(150, *zip(*points))
     arrow = {"arrowprops": {"arrowstyle": "<-", "color": GREY}, "color": GREY, "ha": "center"}
-    jump = 3.19 - 1.92
-    axis.annotate("the source's jump, 1.92 to 3.19", (150, loss), (150, loss + jump), **arrow)
+    axis.annotate("the source's jump, 1.92 to 3.19", (150, loss), (150, loss + 1.27), **arrow)
     axis.set(xlabel="optimizer steps", ylabel="training loss, nats per token\n(lower is better)")
 
 

@@ -166,8 +166,7 @@ def fill_page(name, folder, measured, commands, tables):
 
 
 def picture(path, size, draw):
-    """Has draw(figure) draw, without a background and in colours that are legible on white and on
-    black."""
+    """Has draw(figure) draw, with letters and lines that are legible on white and on black."""
     grey = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
     matplotlib.rcParams.update(dict.fromkeys(grey, GREY))
     matplotlib.rcParams.update({"svg.hashsalt": str(path), "font.size": 11})
@@ -190,9 +189,8 @@ def picture(path, size, draw):
 def curve(axis, points, name, **style):
     """Draws a line through points (x, y), its name at its end. `name` begins with that of a model,
     whose colour it has, or has a colour in `style`. Returns the colour."""
-    style = {"color": COLORS.get(name.split(",")[0])} | style
-    if len(points) == 1:
-        style["marker"] = "."
+    marker = "." if len(points) == 1 else ""
+    style = {"color": COLORS.get(name.split(",")[0]), "marker": marker} | style
     color = axis.plot(*zip(*points), **style)[0].get_color()
     place = dict(xytext=(4, 0), textcoords="offset points", va="center", gid="name")
     axis.annotate(name, points[-1], color=color, **place)
@@ -200,9 +198,9 @@ def curve(axis, points, name, **style):
 
 
 def level(axis, y, name, x=0.0):
-    """A dashed horizontal line with its name above it; x: where the name begins, from 0 to 1."""
+    """A dashed horizontal line with its name below it; x: where the name begins, from 0 to 1."""
     axis.axhline(y, color=GREY, ls="--")
-    place = dict(xycoords=("axes fraction", "data"), xytext=(2, 3), textcoords="offset points")
+    place = dict(xycoords=("axes fraction", "data"), xytext=(2, -12), textcoords="offset points")
     axis.annotate(name, (x, y), color=GREY, **place)
 
 
