@@ -46,7 +46,7 @@ MUTANTS = {
         ("p_target.clamp(min=1e-38).log()", "p_target.log()", "no_probability"),
         ("grad_weight += grad.T @ part", "grad_weight = grad.T @ part", "loss_and_gradients"),
         ("factor = grad / len", "factor = 1 / len", "loss_and_gradients"),
-        ("grad_x[rows] = grad @ w", "grad_x[rows] = p @ weight", "loss_holds"),
+        ("torch.get_autocast_dtype(device) if autocast else", "", "loss_holds"),
     ],
     ("networks", "test_gpt2.py test_models.py"): [
         ('F.gelu(self.c_fc(x), approximate="tanh")', "F.relu(self.c_fc(x))", "hugging"),
@@ -144,12 +144,12 @@ def plant(folder, files, old, new):
 
 
 def tests_pass(folder, test_files, keyword):
-    """Runs the tests until one fails. Exit codes beside 0 and 1 are mistakes of this file."""
+    """Runs the tests until one fails, or dies of a signal: other exit codes are our mistakes."""
     command = [sys.executable, *"-m pytest -x -q -p no:cacheprovider".split(), "-k", keyword]
     env = os.environ | dict(PYTHONDONTWRITEBYTECODE="1", OMP_NUM_THREADS="1")
     where = dict(cwd=folder / "tests", env=env)
     done = subprocess.run([*command, *test_files.split()], **where, capture_output=True, text=True)
-    assert done.returncode in (0, 1), f"{test_files} -k '{keyword}': {done.stdout}{done.stderr}"
+    assert done.returncode < 2, f"{test_files} -k '{keyword}': {done.stdout}{done.stderr}"
     return done.returncode == 0
 
 

@@ -78,7 +78,8 @@ def ended(data, tmp_path_factory):
     """A run of gpt2.py that came to its end, and what it printed."""
     out = tmp_path_factory.mktemp("ended") / "run"
     with redirect_stdout(StringIO()) as text:
-        train("gpt2", data, out, "--max-steps", 6, "--eval-interval", 3, "--learning-rate", 3e-3)
+        more = ("--eval-interval", 3, "--learning-rate", 3e-3, "--no-compile")
+        train("gpt2", data, out, "--max-steps", 6, *more)
     return out, text.getvalue()
 
 
@@ -350,9 +351,10 @@ def test_best_has_the_lowest_validation_loss(data, tmp_path, capsys, monkeypatch
 
 
 def test_resume_keeps_the_options_and_init_from_does_not(ended, again, data, tmp_path):
-    gpt2.main(["--out", str(again), "--resume", "--device", "cpu", "--weight-decay", "0.3"])
+    gpt2.main(["--out", str(again), "--resume", "--weight-decay", "0.3"])
     old, new = checkpoint(ended[0])["config"], checkpoint(again)["config"]
-    assert new == old | dict(out=str(again), weight_decay=0.3)
+    of_this_run = dict(out=str(again), weight_decay=0.3, device="auto", compile=None)
+    assert new == old | of_this_run
     assert checkpoint(again)["optimizer"]["param_groups"][0]["weight_decay"] == 0.3
     out, default = tmp_path / "new", vars(gpt2.Config())
     more = f"--data {data} --device cpu --max-steps 1 --dtype float32 --batch-size 2".split()
@@ -747,10 +749,10 @@ def test_a_student_s_own_mistake_shows_its_line(data, tmp_path, monkeypatch):
 def test_help_shows_the_comments_of_config(capsys, tmp_path, monkeypatch):
     """Also in the file of a student, where one has a percent sign, and another one is missing."""
     text = (ROOT / "gpt2.py").read_text(encoding="utf-8").replace("  # blocks\n", "\n")
-    text = text.replace("  # attention heads", "  # 100% attention")
+    text = text.replace("  # attention heads", "  # 50% of them")
     (tmp_path / "mine.py").write_text(text, encoding="utf-8")
     monkeypatch.syspath_prepend(tmp_path)
-    for name, shown in (("gpt2", "blocks (default: 12)"), ("mine", "100% attention (default: 6)")):
+    for name, shown in (("gpt2", "blocks (default: 12)"), ("mine", "50% of them (default: 6)")):
         with pytest.raises(SystemExit):
             load(name).main(["--help"])
         said = " ".join(capsys.readouterr().out.split())
