@@ -13,6 +13,7 @@ import argparse
 import importlib
 import os
 import platform
+import re
 import shlex
 import statistics
 import subprocess
@@ -43,8 +44,7 @@ SHAPES = [  # of gpt2.py beside nanoGPT
     "--n-layer 4 --n-head 4 --n-embd 128 --vocab-size 4096 --batch-size 16",
     "--n-layer 6 --n-head 6 --n-embd 192 --vocab-size 50304 --batch-size 8",
 ]
-# TFLOP/s of dense matrix products in bfloat16, by what stands in the name of a card. The first that
-# fits counts: an H100 that is neither PCIe nor NVL is an SXM. MIG is a part of a card.
+# TFLOP/s of dense bfloat16 products, by what stands in a card's name; the first that fits counts.
 PEAKS = {"MIG": None, "Laptop": None, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200": 989}
 PEAKS |= {"A100": 312, "RTX 4090": 165}
 
@@ -96,7 +96,10 @@ def take_turns(file, *options):
     module = importlib.import_module(Path(file).stem)
     ours = hasattr(module, "parse")
     main_file = module if ours else importlib.import_module("gpt2")
-    cfg = main_file.parse(options)[0]
+    text = " ".join(options)
+    if not hasattr(main_file.Config, "n_head"):  # mixer.py has none
+        text = re.sub(r"--n-head \S+", "", text)
+    cfg = main_file.parse(text.split())[0]
     device, dtype = main_file.choose_device(cfg.device, cfg.dtype)
     cuda = device.type == "cuda"
     torch.optim.AdamW([torch.zeros(1, requires_grad=True)], fused=True)  # imports more
@@ -108,8 +111,7 @@ def take_turns(file, *options):
     else:
         shape = cfg.block_size, cfg.vocab_size, cfg.n_layer, cfg.n_head, cfg.n_embd
         model = module.GPT(module.GPTConfig(*shape, dropout=0.0, bias=False)).to(device)
-        # nanoGPT's AdamW is fused where it is told that the device is a GPU.
-        kind = "cuda" if cfg.compile else device.type
+        kind = "cuda" if cfg.compile else device.type  # for a GPU, its AdamW is fused
         optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), kind)
     amp = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
@@ -133,9 +135,8 @@ def take_turns(file, *options):
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
         speed = steps * idx.numel() / (time.perf_counter() - start)
-        held = 1024 * (getrusage(RUSAGE_SELF).ru_maxrss - before)
-        if cuda:
-            held = torch.cuda.max_memory_allocated()
+        peak = 1024 * (getrusage(RUSAGE_SELF).ru_maxrss - before)
+        held = torch.cuda.max_memory_allocated() if cuda else peak
         print(speed, held, flops, file=answers, flush=True)
 
 
@@ -166,14 +167,13 @@ def race(commands, turns, steps, peak=None):
             share = median * cost / (peak * 1e12)
             print(f"  MFU {share:.1%} of {peak} TFLOP/s, at {cost / 1e6:,.0f} MFLOPs a token")
     best = medians.index(max(medians[:-1] or medians))
-    less = memory[-1] / memory[best]
-    print(f"  speed {compare(speeds[-1], speeds[best])}, memory {less:.2f}", flush=True)
+    speed = compare(speeds[-1], speeds[best])
+    print(f"  speed {speed}, memory {memory[-1] / memory[best]:.2f}", flush=True)
     return [*zip(medians, memory)]
 
 
 def main():
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser = argparse.ArgumentParser(description=__doc__.split(":")[0])
     parser.add_argument("command", nargs="*", help="a model file with options; the last is ours")
     parser.add_argument("--nanogpt", help="a clone of nanoGPT")
     parser.add_argument("--device", default="cpu", help="(default: %(default)s)")
