@@ -84,9 +84,7 @@ def choose(logits, decode, temperature=1.0, top_k=None, top_p=None, generator=No
     if top_p is None:
         top_p = defaults.get("top_p", math.inf)
 
-    # The largest logit becomes 0, so that nothing overflows when it is divided by a tiny number.
-    logits = logits - logits.amax(-1, keepdim=True)
-    logits = logits / max(temperature, 1e-30)
+    logits = logits / max(temperature, 1e-30)  # not less, or they become infinite
     V = logits.size(-1)
     ids = torch.arange(V, device=logits.device).expand_as(logits)  # (B, V)
     if top_k:  # 0: no filter
@@ -299,7 +297,7 @@ def fill_parts(model, idx, max_new_tokens, decode, **options):
     n = (idx == blank).sum(1).tolist()  # (B), the numbers of blanks
     if n[0] == 0 or len(set(n)) > 1:
         raise UserError("idx has no blanks, or not as many in each row")
-    longest = model.cfg.block_size - 1  # a sentinel may have to follow the text
+    longest = model.cfg.block_size - (model.cfg.objective == "spans")  # 1 less, for a sentinel
     if idx.size(1) > longest:
         raise UserError(f"a text with blanks has {idx.size(1)} tokens: at most {longest} fit")
     if model.cfg.objective == "masked":
