@@ -183,6 +183,7 @@ def picture(path, size, draw):
             y = axis.transData.transform(text.xy)[1] * 72 / figure.dpi
             text.xyann = (4, max(0, free - y))
             free = max(y, free) + 13
+    (ROOT / path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(ROOT / path, transparent=True, bbox_inches="tight", metadata={"Date": None})
 
 
