@@ -98,7 +98,7 @@ MUTANTS = {
         ("logits = logits / max(temperature, 1e-30)", "pass", "filters"),
         (".topk(min(top_k, V))", ".topk(min(top_k + 1, V))", "filters"),
         ("keepdim=True) >= top_p", "keepdim=True) + prob >= top_p", "filters"),
-        ("(ids < token)", "(ids > token)", "equally_probable"),
+        (" | ((probs == prob) & (ids < token))", "", "equally_probable"),
         ("ends[:, :width].nonzero()", "ends.nonzero()", "among_the_best"),
         ("/ length**length_penalty", "/ length", "beam_search"),
         ("token = token.masked_fill(ended, eot)", "pass", "do_not_count"),
@@ -115,7 +115,7 @@ MUTANTS = {
         ('"Accept-Encoding": "identity", ', "", "download_is"),
         ("if response.status_code != 206:", "if False:", "download_is"),
         ("    os.fsync(file.fileno())\n", "", "on_the_disk"),
-        ("in reversed(FILES):", "in FILES:", "kills"),
+        ("in reversed(FILES):", "in FILES:", "on_the_disk"),
         ("weight = weight.T.contiguous()", "pass", "weights_give"),
     ],
 }
@@ -144,12 +144,12 @@ def plant(folder, files, old, new):
 
 
 def tests_pass(folder, test_files, keyword):
-    """Runs the tests until one fails, or dies of a signal: other exit codes are our mistakes."""
+    """Runs the tests until one fails. From 3 on, exit codes of pytest are mistakes of this file."""
     command = [sys.executable, *"-m pytest -x -q -p no:cacheprovider".split(), "-k", keyword]
     env = os.environ | dict(PYTHONDONTWRITEBYTECODE="1", OMP_NUM_THREADS="1")
     where = dict(cwd=folder / "tests", env=env)
     done = subprocess.run([*command, *test_files.split()], **where, capture_output=True, text=True)
-    assert done.returncode < 2, f"{test_files} -k '{keyword}': {done.stdout}{done.stderr}"
+    assert done.returncode < 3, f"{test_files} -k '{keyword}': {done.stdout}{done.stderr}"
     return done.returncode == 0
 
 
