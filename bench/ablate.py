@@ -22,14 +22,14 @@ from train import ROOT, machine, prepare
 SPANS = "scratch_former.py --objective spans --n-layer 4 --n-head 4 --head-dim 32 --n-embd 128 "
 SPANS += "--n-ff 512 --position relative --label-smoothing 0 --device cpu --block-size 128 "
 SPANS += "--batch-size 8 --micro-batch 8 --warmup-steps 300 --eval-tokens 16384"
-GPT2, RATE = MODELS["gpt2"]
+GPT2 = f"{MODELS['gpt2'][0]} {RUN}".replace("--eval-tokens 1000000", "--eval-tokens 16384")
+RATE = MODELS["gpt2"][1]
 SEEDS = (1337, 1, 2)
-BITS, NATS = "bits per byte", "nats per token"
 SPAN_DATA = "prepare_data.py stdlib --tokenizer bpe:1024 --out data/march"
 EXPERIMENTS = {  # page, data, command, steps, learning rates to begin with, seeds, unit of the loss
-    "full": ("ablations", DATA["full"], f"{GPT2} {RUN}", 1000, [RATE], SEEDS, BITS),
-    "quick": ("ablations", DATA["quick"], f"{GPT2} {RUN}", 100, [RATE], SEEDS[:1], BITS),
-    "march": ("march", SPAN_DATA, SPANS, 1500, [2.5e-4, 5e-4, 1e-3, 2e-3], SEEDS, NATS),
+    "full": ("ablations", DATA["full"], GPT2, 977, [RATE], SEEDS, "bits per byte"),
+    "quick": ("ablations", DATA["quick"], GPT2, 100, [RATE], SEEDS[:1], "bits per byte"),
+    "march": ("march", SPAN_DATA, SPANS, 1500, [2.5e-4, 5e-4, 1e-3, 2e-3], SEEDS, "nats per token"),
 }
 
 

@@ -151,10 +151,9 @@ def draw_ahead(figure):
 def draw_recall(figure):
     """Prints and draws the share of values read before that each model names."""
     settings = []
-    for name, (_, rate) in MODELS.items():
-        if "," not in name:
-            rates = (rate / 4, rate / 2, rate)
-            settings += [("recall", name, steps, r) for steps in RECALL_STEPS for r in rates]
+    for name in (name for name in MODELS if "," not in name):
+        rates = (MODELS[name][1] / 4, MODELS[name][1] / 2, MODELS[name][1])
+        settings += [("recall", name, steps, rate) for steps in RECALL_STEPS for rate in rates]
 
     def command(_, name, steps, rate):
         options = f"{MODELS[name][0]} {RECALL} --warmup-steps 100 --eval-interval {steps}"
