@@ -343,7 +343,8 @@ def test_best_has_the_lowest_validation_loss(data, tmp_path, capsys, monkeypatch
     assert re.search(rf"Best: {values[1]:.4f}.*best.pt", capsys.readouterr().out)
     monkeypatch.setattr(gpt2, "learning_rate", lambda step, cfg: 0.0)
     shutil.copytree(data, tmp_path / "set")
-    runs = (10, 512, data, 4), (12, 500, data, 12), (14, 500, tmp_path / "set", 14)
+    other = tmp_path / "set"
+    runs = (10, 512, data, 4), (12, 500, data, 12), (14, 500, other, 14), (16, 500, other, 14)
     for steps, eval_tokens, folder, of_step in runs:
         more = ("--resume", "--max-steps", steps, "--eval-tokens", eval_tokens)
         train("gpt2", folder, out, *more)
@@ -417,8 +418,11 @@ def test_evaluation_scores_every_token_once_as_a_slow_loop_does(n, stride):
         total -= sum(logp[i - start, text[i + 1]].item() for i in range(seen, end))
         seen = end
     amp = torch.autocast("cpu", torch.bfloat16, enabled=False)
+    shapes = set()
+    model.register_forward_pre_hook(lambda module, args: shapes.add(args[0].shape))
     nats = gpt2.evaluate(model.train(), tokens, eot, amp, stride=stride)
     assert nats == pytest.approx(total / n, abs=1e-5)
+    assert shapes == {(3, min(n, 16))}, "another shape would be compiled again"
 
 
 def test_the_final_evaluation_is_of_the_whole_split_and_eval_only_repeats_it(ended, data, capsys):
