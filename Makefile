@@ -25,7 +25,7 @@ help:
 	@echo "make march                      MARCH's encoder-decoders at equal parameters: results/march.md; two hours"
 	@echo 'make bench NANOGPT=DIR          speed beside nanoGPT (DIR is a clone of it) and transformers'
 	@echo 'make test                       run the tests; TORCH=2.14.1: with that torch, in .venv-2.14.1'
-	@echo 'make mutants                    plant sixty faults, one after the other: do the tests notice each?'
+	@echo 'make mutants                    plant some seventy faults, one after the other: which does no test notice?'
 	@echo 'make soak                       run the long tests: killed runs'
 	@echo 'make lint                       check the code with ruff'
 	@echo 'make clean                      remove .venv, .venv-* and caches, but not data/ and out/'

@@ -17,7 +17,7 @@ import threading
 import types
 import weakref
 from contextlib import redirect_stdout
-from io import StringIO
+from io import BufferedWriter, RawIOBase, StringIO, TextIOWrapper
 
 import numpy as np
 import pytest
@@ -574,6 +574,24 @@ def test_a_second_ctrl_c_ends_a_run_at_once_and_handlers_are_put_back(handlers, 
     thread.start()
     thread.join()
     assert checkpoint(tmp_path / "thread")["step"] == 1
+
+
+def test_ctrl_c_may_come_in_the_middle_of_a_line_that_is_printed(handlers, monkeypatch):
+    """A handler that prints would then fail: a buffer cannot be entered twice."""
+
+    class Terminal(RawIOBase):
+        def writable(self):
+            return True
+
+        def write(self, data):
+            if not caught:
+                signal.raise_signal(signal.SIGINT)
+            return len(data)
+
+    monkeypatch.setattr("sys.stdout", TextIOWrapper(BufferedWriter(Terminal())))
+    with gpt2.catch_signals() as caught:
+        gpt2.print0("a line")
+    assert caught == [signal.SIGINT]
 
 
 @pytest.mark.parametrize("options", [["--eval-only"], ["--resume", "--max-steps", "7"]])
