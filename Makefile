@@ -75,7 +75,7 @@ bench: $(VENV)/installed-dev
 	$(PY) bench/growth.py
 
 test: $(VENV)/installed-dev
-	$(PY) -m pytest -n auto
+	env -u TORCH -u MAKEFLAGS $(PY) -m pytest -n auto # some tests call make
 
 mutants: $(VENV)/installed-dev
 	$(PY) tests/mutants.py

@@ -251,8 +251,7 @@ class Cache:
 
 
 # Named sizes and their training.
-DEMO = dict(batch_size=4, max_steps=950, learning_rate=4e-3)
-PRESETS = {"demo": dict(n_layer=4, n_embd=128, **DEMO)}
+PRESETS = {"demo": dict(n_layer=4, n_embd=128, batch_size=4, max_steps=950, learning_rate=4e-3)}
 
 
 # The three functions that the training loop calls. Each model file has its own.
@@ -640,7 +639,8 @@ def catch_signals():
     def catch(number, frame):
         caught.append(number)
         signal.signal(number, handlers[number])
-        print0("stopping after this step; once more stops at once")
+        # Not print: the signal may come in the middle of another print.
+        os.write(2, b"stopping after this step; once more stops at once\n")
 
     handlers = {}  # those from before
     if threading.current_thread() is threading.main_thread():  # Python allows it in no other

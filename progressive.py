@@ -767,7 +767,8 @@ def catch_signals():
     def catch(number, frame):
         caught.append(number)
         signal.signal(number, handlers[number])
-        print0("stopping after this step; once more stops at once")
+        # Not print: the signal may come in the middle of another print.
+        os.write(2, b"stopping after this step; once more stops at once\n")
 
     handlers = {}  # those from before
     if threading.current_thread() is threading.main_thread():  # Python allows it in no other
