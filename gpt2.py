@@ -19,7 +19,7 @@ Source: Radford et al. 2019, "Language Models are Unsupervised Multitask Learner
 the GPT of Radford et al. 2018. The parameters have OpenAI's names, so OpenAI's weights can be
 loaded. OpenAI stores the matrices of its linear layers transposed.
 
-    python gpt2.py --preset demo                                  two minutes on a laptop's CPU
+    python gpt2.py --preset demo                                  two to three minutes on a CPU
     python gpt2.py --preset gpt2 --device cuda --data data/NAME   124M parameters on one GPU
 
 The loss begins near ln V, as if all tokens were equally likely: 8.3 nats for 4,096 of them. The
@@ -533,9 +533,6 @@ def open_log(path, resume, step):
 
 # --- options
 
-# Other integers are at least 1, and other floats at least 0, unless their default is less.
-MAY_BE_ZERO = ("seed", "max_steps", "warmup_steps", "lora_rank")
-
 
 def choose_device(device="auto", dtype="auto"):
     """(device, dtype to compute in). Raises UserError if the device is not available."""
@@ -559,6 +556,11 @@ def choose_device(device="auto", dtype="auto"):
         elif cpu.get("amx_bf16") or cpu.get("avx512_bf16"):
             dtype = "bfloat16"
     return device, getattr(torch, dtype)
+
+
+# Integers that may be 0. On the command line, other integers are at least 1, and floats at least 0,
+# unless their default is less.
+MAY_BE_ZERO = ("seed", "max_steps", "warmup_steps", "lora_rank")
 
 
 def at_least(least, kind):
@@ -834,10 +836,13 @@ def train(cfg, options, ckpt):
 
     if not options.eval_only:
         grow(model, optimizer, cfg, step)
-        name = "best.pt" if best < math.inf else "ckpt.pt"
+        name = "ckpt.pt"
+        if best < math.inf:
+            name = "best.pt"
+            print0(f"best: {best:.4f}, {out / name}")
         print0(
             f"{step:,} steps, {seconds:.0f} s; --resume continues, also to other --max-steps. "
-            f"Best: {best:.4f}. Try python sample.py --ckpt '{out / name}'"
+            f"Try python sample.py --ckpt '{out / name}'"
         )
 
     # At the end, a whole split is evaluated, not only its first eval_tokens.

@@ -95,7 +95,7 @@ class Mix(nn.Module):
         super().__init__()
         self.mixing = cfg.mixing
         self.rotary = cfg.rotary
-        shape = (cfg.block_size, cfg.block_size)
+        shape = [cfg.block_size] * 2
         if cfg.mixing == "expanded":
             # Each position has two hidden units: W_in leads to them, W from them. Their bias has
             # one dimension, so that weight decay leaves it alone.
@@ -528,9 +528,6 @@ def open_log(path, resume, step):
 
 # --- options
 
-# Other integers are at least 1, and other floats at least 0, unless their default is less.
-MAY_BE_ZERO = ("seed", "max_steps", "warmup_steps", "lora_rank")
-
 
 def choose_device(device="auto", dtype="auto"):
     """(device, dtype to compute in). Raises UserError if the device is not available."""
@@ -554,6 +551,11 @@ def choose_device(device="auto", dtype="auto"):
         elif cpu.get("amx_bf16") or cpu.get("avx512_bf16"):
             dtype = "bfloat16"
     return device, getattr(torch, dtype)
+
+
+# Integers that may be 0. On the command line, other integers are at least 1, and floats at least 0,
+# unless their default is less.
+MAY_BE_ZERO = ("seed", "max_steps", "warmup_steps", "lora_rank")
 
 
 def at_least(least, kind):
@@ -829,10 +831,13 @@ def train(cfg, options, ckpt):
 
     if not options.eval_only:
         grow(model, optimizer, cfg, step)
-        name = "best.pt" if best < math.inf else "ckpt.pt"
+        name = "ckpt.pt"
+        if best < math.inf:
+            name = "best.pt"
+            print0(f"best: {best:.4f}, {out / name}")
         print0(
             f"{step:,} steps, {seconds:.0f} s; --resume continues, also to other --max-steps. "
-            f"Best: {best:.4f}. Try python sample.py --ckpt '{out / name}'"
+            f"Try python sample.py --ckpt '{out / name}'"
         )
 
     # At the end, a whole split is evaluated, not only its first eval_tokens.

@@ -340,7 +340,7 @@ def test_best_has_the_lowest_validation_loss(data, tmp_path, capsys, monkeypatch
     assert values.index(min(values)) == 1 and values[3] > values[1] + 0.01
     best = checkpoint(out, "best.pt")
     assert best["step"] == 4 and best["best"] == values[1] and checkpoint(out)["best"] == values[1]
-    assert re.search(rf"Best: {values[1]:.4f}.*best.pt", capsys.readouterr().out)
+    assert re.search(rf"best: {values[1]:.4f}, .*best.pt", capsys.readouterr().out)
     monkeypatch.setattr(gpt2, "learning_rate", lambda step, cfg: 0.0)
     shutil.copytree(data, tmp_path / "set")
     other = tmp_path / "set"
