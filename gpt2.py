@@ -28,6 +28,7 @@ them: diff gpt2.py progressive.py
 """
 
 import argparse
+import gc
 import inspect
 import json
 import math
@@ -586,7 +587,7 @@ def make_parser():
     add("--stride", type=at_least(1, int), help="at the end: each window scores STRIDE targets")
     start = parser.add_mutually_exclusive_group()
     start.add_argument("--resume", action="store_true", help="continue the run in --out")
-    start.add_argument("--init-from", metavar="CKPT", help="start a new run from these weights")
+    start.add_argument("--init-from", help="start a new run from the weights of this checkpoint")
 
     # Each field of Config is an option. Its help is the comment beside it, found in the source.
     comments = dict(re.findall(r"^    (\w+):.*?# (.*)$", inspect.getsource(Config), re.MULTILINE))
@@ -846,11 +847,15 @@ def train(cfg, options, ckpt):
         )
 
     # At the end, a whole split is evaluated, not only its first eval_tokens.
-    split = options.split
-    if split in splits and not stopped:
-        nats = evaluate(compiled, splits[split], cfg.eot, amp, options.stride)
-        print0(f"all of {split}: {describe(nats, meta['splits'][split], model.likelihood)}")
-    del ddp_model  # before the process group that it uses, or the end of gloo's threads may hang
+    if options.split in splits and not stopped:
+        nats = evaluate(compiled, splits[options.split], cfg.eot, amp, options.stride)
+        print0(
+            f"all of {options.split}: "
+            f"{describe(nats, meta['splits'][options.split], model.likelihood)}"
+        )
+    # What uses the process group must be gone before it, or the end of gloo's threads may hang.
+    del ddp_model
+    gc.collect()
     if dist.is_initialized():
         dist.destroy_process_group()
     if stopped:  # as in a shell: 130 is Ctrl-C; perhaps only another process was told to stop

@@ -32,6 +32,7 @@ In the diff with gpt2.py: Mix instead of Attention, no wpe, and half a cache.
 """
 
 import argparse
+import gc
 import inspect
 import json
 import math
@@ -241,8 +242,7 @@ class Cache:
 
     def __init__(self, model, batch_size):
         cfg = model.cfg
-        shape = (cfg.n_layer, batch_size, cfg.block_size, cfg.n_embd)
-        self.x = model.wte.weight.new_empty(shape)
+        self.x = model.wte.weight.new_empty(cfg.n_layer, batch_size, cfg.block_size, cfg.n_embd)
         self.length = 0  # positions that are filled, the same in all layers
 
     def select(self, rows):
@@ -581,7 +581,7 @@ def make_parser():
     add("--stride", type=at_least(1, int), help="at the end: each window scores STRIDE targets")
     start = parser.add_mutually_exclusive_group()
     start.add_argument("--resume", action="store_true", help="continue the run in --out")
-    start.add_argument("--init-from", metavar="CKPT", help="start a new run from these weights")
+    start.add_argument("--init-from", help="start a new run from the weights of this checkpoint")
 
     # Each field of Config is an option. Its help is the comment beside it, found in the source.
     comments = dict(re.findall(r"^    (\w+):.*?# (.*)$", inspect.getsource(Config), re.MULTILINE))
@@ -841,11 +841,15 @@ def train(cfg, options, ckpt):
         )
 
     # At the end, a whole split is evaluated, not only its first eval_tokens.
-    split = options.split
-    if split in splits and not stopped:
-        nats = evaluate(compiled, splits[split], cfg.eot, amp, options.stride)
-        print0(f"all of {split}: {describe(nats, meta['splits'][split], model.likelihood)}")
-    del ddp_model  # before the process group that it uses, or the end of gloo's threads may hang
+    if options.split in splits and not stopped:
+        nats = evaluate(compiled, splits[options.split], cfg.eot, amp, options.stride)
+        print0(
+            f"all of {options.split}: "
+            f"{describe(nats, meta['splits'][options.split], model.likelihood)}"
+        )
+    # What uses the process group must be gone before it, or the end of gloo's threads may hang.
+    del ddp_model
+    gc.collect()
     if dist.is_initialized():
         dist.destroy_process_group()
     if stopped:  # as in a shell: 130 is Ctrl-C; perhaps only another process was told to stop
