@@ -37,7 +37,7 @@ MUTANTS = {
         ("    ckpt.clear()", "    pass", "memory"),
         ("math.isfinite(loss) and (math.isfinite(norm)", "(math.isfinite(loss)", "finite"),
         ("            os.fsync(file.fileno())\n", "", "on_the_disk"),
-        ("evaluate(compiled, splits[split],", "evaluate(compiled, splits[split][:512],", "final"),
+        ("splits[options.split], cfg", "splits[options.split][:512], cfg", "final"),
         ("range(rank * B, len(starts), world_size * B)", "range(0, len(starts), B)", "two_proc"),
         ("except (UserError,", "except (ValueError,", "student"),
         ("weights_only=True", "weights_only=False", "damaged"),
