@@ -292,7 +292,7 @@ class Model(nn.Module):
                 if "c_proj" in name:  # a block has two such layers, as in gpt2.py
                     std /= math.sqrt(2 * sum(n_down + n_up))
                 nn.init.normal_(p, std=std)
-            elif name.endswith("bias"):
+            elif "bias" in name:
                 nn.init.zeros_(p)
 
     def forward(self, idx, targets=None, cache=None):
@@ -392,18 +392,26 @@ class LevelCache:
         return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
 
     def select(self, rows):
-        """Text i is replaced by text rows[i]. Beam search does this at every step, but few texts
-        move then. Only these are copied, and only the positions that are filled."""
+        """Text i is replaced by text rows[i]."""
         self.newest = self.newest[rows]
         self.expanded = self.expanded[rows]
-        if len(rows) != self.k.size(1):  # another number of texts
-            self.k = self.k[:, rows]
-            self.v = self.v[:, rows]
-            return
-        moved = [i for i, row in enumerate(rows) if row != i]
-        sources = [rows[i] for i in moved]
-        for x in (self.k, self.v):  # all sources are copied before one of them is overwritten
-            x[:, moved, :, : self.length] = x[:, sources, :, : self.length]
+        self.k = self.rearrange(self.k, rows)
+        self.v = self.rearrange(self.v, rows)
+
+    def rearrange(self, x, rows):
+        """Keys or values x (n_layer, B, nh, block_size, hs), in which text i is now text rows[i].
+        Beam search asks for this at every step, but few texts move then. Only these are copied, and
+        only the positions that are filled."""
+        n_layer, B, *sizes = x.shape
+        new = x if len(rows) == B else x.new_empty(n_layer, len(rows), *sizes)
+        copies = {
+            i: x[:, row, :, : self.length].clone()
+            for i, row in enumerate(rows)
+            if row != i or new is not x
+        }
+        for i, copy in copies.items():  # no text is overwritten before all copies are made
+            new[:, i, :, : self.length] = copy
+        return new
 
 
 # Named sizes and their training.

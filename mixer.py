@@ -110,12 +110,11 @@ class Mix(nn.Module):
     def forward(self, x, cache=None, layer=0):
         """x (B, T, C), of the T new positions -> (B, T, C)."""
         past = 0 if cache is None else cache.length  # positions before x
-        S = past + x.size(1)
         if self.rotary:
             x = rotate(x, past)
         if cache is not None:  # in sampling, see Cache below
-            cache.x[layer, :, past:S] = x
-            x = cache.x[layer, :, :S]  # (B, S, C)
+            x = cache.x[layer] = torch.cat([cache.x[layer], x], dim=1)  # (B, past + T, C)
+        S = x.size(1)
 
         if self.mixing == "expanded":
             hidden = torch.tril(self.W_in[:, :S, :S]) @ x[:, None]  # (B, 2, S, C)
@@ -210,7 +209,7 @@ class Model(nn.Module):
                 if "c_proj" in name:  # x becomes the sum of 2 n_layer outputs of such layers
                     std /= math.sqrt(2 * cfg.n_layer)
                 nn.init.normal_(p, std=std)
-            elif name.endswith("bias"):
+            elif "bias" in name:
                 nn.init.zeros_(p)
 
     def forward(self, idx, targets=None, cache=None):
@@ -241,13 +240,13 @@ class Cache:
     """
 
     def __init__(self, model, batch_size):
-        cfg = model.cfg
-        self.x = model.wte.weight.new_empty(cfg.n_layer, batch_size, cfg.block_size, cfg.n_embd)
-        self.length = 0  # positions that are filled, the same in all layers
+        nothing = model.wte.weight.new_empty(batch_size, 0, model.cfg.n_embd)  # (B, S, C), S = 0
+        self.x = [nothing] * model.cfg.n_layer
+        self.length = 0  # S, the same in all layers
 
     def select(self, rows):
         """Text i is replaced by text rows[i]."""
-        self.x = self.x[:, rows]
+        self.x = [x[rows] for x in self.x]
 
 
 # Named sizes and their training.

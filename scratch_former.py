@@ -427,7 +427,7 @@ class Model(nn.Module):
 
         # Ids past vocab_size: a mask id, which is only read; or sentinels, also predicted.
         n_extra = {"next": 0, "masked": 1, "spans": n_spans + 1}[objective]
-        self.n_logits = cfg.vocab_size + (n_extra if spans else 0)
+        self.n_logits = cfg.vocab_size + spans * n_extra
         padded = math.ceil((cfg.vocab_size + n_extra) / 64) * 64  # such products are faster
 
         self.wte = nn.Embedding(padded, cfg.n_embd)
@@ -443,7 +443,7 @@ class Model(nn.Module):
                 nn.init.normal_(p, std=cfg.n_embd**-0.5)  # times sqrt(C): as large as the sinusoids
             elif p.dim() >= 2:
                 nn.init.xavier_uniform_(p)
-            elif name.endswith("bias"):
+            elif "bias" in name:
                 nn.init.zeros_(p)
 
         width = self.h[0].attn.d_k if cfg.position == "rotary" else cfg.n_embd
@@ -500,8 +500,7 @@ class Model(nn.Module):
 
         # The blocks.
         for layer, block in enumerate(blocks):
-            block_memory = memory[layer] if memory else None
-            x = block(x, mask, rotation, block_memory, cache, layer)
+            x = block(x, mask, rotation, memory[layer] if memory else None, cache, layer)
         return x
 
     def forward(self, idx, targets=None, cache=None):
@@ -543,8 +542,7 @@ class Model(nn.Module):
         if self.cfg.objective == "spans" and cache.length == 0:
             # The encoder's text has the first sentinel once. Where it comes for the second time,
             # the decoder's text begins, in all rows at the same position.
-            first_sentinels = (idx[0] == self.cfg.vocab_size).nonzero()  # positions, (2, 1)
-            start = first_sentinels[1].item()
+            start = (idx[0] == self.cfg.vocab_size).nonzero()[1].item()
             cache.memory = self.encode(idx[:, :start])
             cache.source = start
             idx = idx[:, start:]
@@ -610,18 +608,26 @@ class Cache:
         return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
 
     def select(self, rows):
-        """Text i is replaced by text rows[i]. Beam search does this at every step, but few texts
-        move then. Only these are copied, and only the positions that are filled."""
+        """Text i is replaced by text rows[i]."""
         rows = torch.as_tensor(rows).tolist()
         self.memory = [(k[rows], v[rows]) for k, v in self.memory]
-        if len(rows) != self.k.size(1):  # another number of texts
-            self.k = self.k[:, rows]
-            self.v = self.v[:, rows]
-            return
-        moved = [i for i, row in enumerate(rows) if row != i]
-        sources = [rows[i] for i in moved]
-        for x in (self.k, self.v):  # all sources are copied before one of them is overwritten
-            x[:, moved, :, : self.past] = x[:, sources, :, : self.past]
+        self.k = self.rearrange(self.k, rows)
+        self.v = self.rearrange(self.v, rows)
+
+    def rearrange(self, x, rows):
+        """Keys or values x (n_layer, B, nh, block_size, d_k), in which text i is now text rows[i].
+        Beam search asks for this at every step, but few texts move then. Only these are copied, and
+        only the positions that are filled."""
+        n_layer, B, *sizes = x.shape
+        new = x if len(rows) == B else x.new_empty(n_layer, len(rows), *sizes)
+        copies = {
+            i: x[:, row, :, : self.past].clone()
+            for i, row in enumerate(rows)
+            if row != i or new is not x
+        }
+        for i, copy in copies.items():  # no text is overwritten before all copies are made
+            new[:, i, :, : self.past] = copy
+        return new
 
 
 # Named sizes and their training. `masked` and `spans` read as many tokens in as many steps.
