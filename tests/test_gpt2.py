@@ -66,10 +66,11 @@ def test_presets_have_the_published_number_of_parameters(preset):
 
 @torch.no_grad()
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.bfloat16, 0.02)])
+@pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("S, T", [(1, 1), (16, 16), (16, 15), (16, 5), (16, 1)])
-def test_attention_is_the_plain_formula(S, T, dtype, tolerance):
-    """Of the last T of S positions: by torch's function, and in bfloat16 by the formula."""
-    model = random_model().double()
+def test_attention_is_the_plain_formula(S, T, training, dtype, tolerance):
+    """Of the last T of S positions: by torch's function, and in bfloat16, in training, by ours."""
+    model = random_model().double().train(training)
     attn, x = model.h[0].attn, torch.randn(2, S, 32, dtype=torch.float64)
     q, k, v = (part.view(2, S, 4, 8).transpose(1, 2) for part in attn.c_attn(x).chunk(3, dim=-1))
     weights = q[:, :, S - T :] @ k.transpose(-2, -1) / math.sqrt(8)  # (B, nh, T, S)
