@@ -107,8 +107,8 @@ class Attention(nn.Module):
         # The mask is added to the scores: 0 for a key that a query may see, -inf for a later token.
         # Query i is token S - T + i of the text. A single query is the last token: it may see all.
         mask = None
-        # On a CPU in bfloat16, the formula of attention makes a training step 10% to 20% faster,
-        # and torch's function an evaluation.
+        # On a CPU in bfloat16, the formula of attention makes a training step 10% to 20% faster. In
+        # evaluation, torch's function is faster.
         on_cpu = q.device.type == "cpu"
         by_formula = self.training and on_cpu and q.dtype == torch.bfloat16 and S < 512
         if by_formula or 1 < T < S:
@@ -240,7 +240,7 @@ class Cache:
         self.v = self.rearrange(self.v, rows)
 
     def rearrange(self, x, rows):
-        """Keys or values x (n_layer, B, nh, block_size, hs), in which text i is now text rows[i].
+        """Returns keys or values x (n_layer, B, nh, block_size, hs) with text rows[i] as text i.
         Beam search asks for this at every step, but few texts move then. Only these are copied, and
         only the positions that are filled."""
         n_layer, B, *sizes = x.shape

@@ -615,7 +615,7 @@ class Cache:
         self.v = self.rearrange(self.v, rows)
 
     def rearrange(self, x, rows):
-        """Keys or values x (n_layer, B, nh, block_size, d_k), in which text i is now text rows[i].
+        """Returns keys or values x (n_layer, B, nh, block_size, d_k) with text rows[i] as text i.
         Beam search asks for this at every step, but few texts move then. Only these are copied, and
         only the positions that are filled."""
         n_layer, B, *sizes = x.shape
