@@ -1,8 +1,6 @@
 """mixer.py computes what its formulas say, in every form: no position reads a later one, with or
 without a cache, and everything up to the position itself is learned."""
 
-import math
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -26,15 +24,11 @@ each_form = pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 
 def tiny(**options):
     """A model in float64, so that a difference is an error and no rounding."""
-    sizes = dict(block_size=T, n_embd=C, n_layer=2)
-    return small("mixer", **(sizes | options)).double()
+    return small("mixer", block_size=T, n_embd=C, n_layer=2, **options).double()
 
 
-def close(a, b):
-    return a.shape == b.shape and a.std() > 0.01 and torch.allclose(a, b, rtol=0, atol=1e-10)
-
-
-# --- the formulas, written another way
+def close(a, b, atol=1e-10):
+    return a.shape == b.shape and a.std() > 0.01 and torch.allclose(a, b, rtol=0, atol=atol)
 
 
 def rotated(x):
@@ -58,55 +52,25 @@ def plain_mix(mix, x):
         return torch.stack(sums, dim=1)
     # Two matrices, each masked by the positions of the 2 T hidden units.
     of_unit = position.repeat(2)  # 0 .. T-1, and again
-    into = mix.W_in.flatten(0, 1)  # (2 T, T)
-    into = into * (of_unit[:, None] >= position)
-    out = torch.cat([mix.W[0], mix.W[1]], dim=1)  # (T, 2 T)
-    out = out * (position[:, None] >= of_unit)
-    hidden = into @ x + mix.bias[:, None]
-    return out @ F.gelu(hidden, approximate="tanh")
-
-
-def plain_logits(model, idx, p=0.0):
-    """The whole network, with dropout of probability p."""
-    weights = dict(model.named_parameters(remove_duplicate=False))
-
-    def norm(x, name):
-        return F.layer_norm(x, (C,), weights[f"{name}.weight"], weights[f"{name}.bias"])
-
-    def linear(x, name):
-        return x @ weights[f"{name}.weight"].T + weights[f"{name}.bias"]
-
-    x = F.dropout(model.wte.weight[idx], p)
-    for i, block in enumerate(model.h):
-        x = x + F.dropout(plain_mix(block.mix, norm(x, f"h.{i}.ln_1")), p)
-        h = linear(norm(x, f"h.{i}.ln_2"), f"h.{i}.mlp.c_fc")
-        h = h / 2 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (h + 0.044715 * h**3)))  # GELU
-        x = x + F.dropout(linear(h, f"h.{i}.mlp.c_proj"), p)
-    return (norm(x, "ln_f") @ weights["lm_head.weight"].T)[..., :50]
+    into = mix.W_in.flatten(0, 1) * (of_unit[:, None] >= position)  # (2 T, T)
+    out = torch.cat([mix.W[0], mix.W[1]], dim=1) * (position[:, None] >= of_unit)  # (T, 2 T)
+    return out @ F.gelu(into @ x + mix.bias[:, None], approximate="tanh")
 
 
 @each_form
-@torch.no_grad()
-def test_logits_are_those_of_the_formulas(form):
+def test_logits_and_gradients_are_those_of_the_formulas(form):
     model, idx = tiny(**form), torch.randint(50, (3, T))
     assert (model.lm_head.weight is model.wte.weight) == form.get("tie_weights", False)
-    if not form.get("rotary"):
-        assert close(model(idx), plain_logits(model, idx))
-    else:  # the angles of the model are float32
-        assert torch.allclose(model(idx), plain_logits(model, idx), atol=1e-5)
-
-
-@torch.no_grad()
-def test_dropout_follows_the_embedding_and_each_sublayer_in_training_alone():
-    model, idx = tiny(dropout=0.3), torch.randint(50, (3, T))
-    assert close(model(idx), plain_logits(model, idx))
-    torch.manual_seed(1)
-    trained = model.train()(idx)
-    torch.manual_seed(1)  # the same random numbers, in the same order
-    assert close(trained, plain_logits(model, idx, p=0.3))
-
-
-# --- who reads whom
+    x = model.wte.weight[idx]
+    for block in model.h:
+        x = x + plain_mix(block.mix, block.ln_1(x))
+        x = x + block.mlp(block.ln_2(x))
+    logits = (model.ln_f(x) @ model.lm_head.weight.T)[..., :50]
+    assert close(model(idx), logits, atol=1e-5 if form.get("rotary") else 1e-10)  # float32 angles
+    found = []
+    for y in (model(idx), logits):
+        found.append(torch.autograd.grad(y.square().mean(), [*model.parameters()]))
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(*found))
 
 
 @each_form
@@ -123,33 +87,20 @@ def test_a_token_moves_all_logits_from_its_own_on_and_none_before(form):
 
 @each_form
 @torch.no_grad()
-@pytest.mark.parametrize(
-    "pieces, rows",
-    [([1, 6, 1, 1, 11], [0, 1, 2]), ([9, 11], [1]), ([12, 1, 7], torch.tensor([2, 0, 0, 1]))],
-    ids=str,
-)
-def test_a_cache_changes_no_logit_however_a_text_is_cut_and_texts_are_selected(form, pieces, rows):
+def test_a_cache_changes_no_logit_however_a_text_is_cut_and_texts_are_selected(form):
+    """It has one vector for each position and layer: half as much as keys and values."""
     model, idx = tiny(**form), torch.randint(50, (3, T))
     expected = model(idx)
-    cache = model.new_cache(3)
-    first, *others = idx.split(pieces, dim=1)
-    assert close(model(first, cache=cache)[:, 0], expected[:, pieces[0] - 1])
-    cache.select(rows)
-    for piece in others:
-        logits = model(piece[rows], cache=cache)
-        assert close(logits[:, 0], expected[rows, cache.length - 1]), cache.length
-
-
-def test_a_cache_has_one_vector_for_each_position_and_layer_half_as_much_as_gpt2s():
-    gpt2s = small("gpt2", n_layer=3).new_cache(5)
-    for form in ({}, {"mixing": "expanded"}):  # its hidden units are computed again
-        model = small("mixer", n_layer=3, **form)
-        cache = model.new_cache(5)
-        model(torch.zeros(5, model.cfg.block_size, dtype=torch.long), cache=cache)  # full
-        assert 2 * sum(x.numel() for x in cache.x) == gpt2s.k.numel() + gpt2s.v.numel()
-
-
-# --- what learns
+    selected = ([0, 1, 2], [1], torch.tensor([2, 0, 0, 1]))
+    for pieces, rows in zip(([1, 6, 1, 1, 11], [9, 11], [12, 1, 7]), selected):
+        cache, kept = model.new_cache(3), [0, 1, 2]
+        for piece in idx.split(pieces, dim=1):
+            logits = model(piece[kept], cache=cache)
+            assert close(logits[:, 0], expected[kept, cache.length - 1]), cache.length
+            if cache.length == pieces[0]:
+                cache.select(rows)
+                kept = rows
+        assert sum(x.numel() for x in cache.x) == model.cfg.n_layer * len(rows) * T * C
 
 
 @pytest.mark.parametrize("mixing", ["flat", "softmax", "expanded"])
@@ -164,62 +115,22 @@ def test_every_entry_up_to_the_diagonal_has_a_gradient_and_none_above_it(mixing)
         assert torch.equal(W.grad != 0, learns.expand_as(W))
 
 
-@each_form
-@torch.no_grad()
-def test_every_parameter_has_an_effect(form):
-    model, idx = tiny(**form), torch.randint(50, (2, T))
-    before = model(idx)
-    for name, p in model.named_parameters():
-        old = p.clone()
-        p += torch.randn(p.shape)
-        assert (model(idx) - before).abs().max() > 1e-3, name
-        p.copy_(old)
-
-
-@pytest.mark.parametrize("mixing", ["flat", "softmax", "expanded"])
-def test_initial_weights(mixing):
+@pytest.mark.parametrize("mixing", ["flat", "expanded"])
+def test_initial_weights_are_small_and_those_of_norms_before_a_sum_of_100_vectors_a_tenth(mixing):
     torch.manual_seed(0)
-    cfg = mixer.Config(vocab_size=1024, block_size=100, n_layer=3, n_embd=64, mixing=mixing)
+    cfg = mixer.Config(vocab_size=64, block_size=100, n_layer=1, n_embd=64, mixing=mixing)
     for name, p in mixer.Model(cfg).named_parameters():
-        if "ln_1.weight" in name:  # small, so that a sum of 100 vectors does not drown one of them
-            assert (p == 0.1).all(), name
+        if ".mix.W" in name:
+            assert p.std().item() == pytest.approx(0.02, rel=0.05), name
         elif p.dim() == 1:
-            assert (p == (1.0 if "ln_" in name and "weight" in name else 0.0)).all(), name
-        else:
-            std = 0.02 / math.sqrt(6) if "c_proj" in name else 0.02
-            assert p.std().item() == pytest.approx(std, rel=0.05), name
-            assert abs(p.mean().item()) < 0.03 * std, name
+            weight = 0.1 if "ln_1" in name else 1.0
+            assert (p == (weight if name.endswith("weight") else 0.0)).all(), name
 
 
-def test_a_token_is_not_drowned_by_the_sum_of_those_before_it():
-    """One of four tokens follows each token: ln 4 = 1.4. With norms that start at 1, the loss stays
-    at ln 64 = 4.2."""
-    torch.manual_seed(0)
-    model = mixer.Model(mixer.Config(vocab_size=64, block_size=256, n_layer=3, n_embd=32))
-    follows = torch.stack([torch.randperm(64) for _ in range(4)])
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, betas=(0.9, 0.95))
-    for _ in range(30):
-        tokens = [torch.randint(64, (2,))]
-        for _ in range(256):
-            tokens.append(follows[torch.randint(4, (2,)), tokens[-1]])
-        rows = torch.stack(tokens, dim=1)
-        loss = model(rows[:, :-1], rows[:, 1:])
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    assert math.log(4) < loss < 3
-
-
-# --- as a user runs it
-
-
-@pytest.mark.parametrize("mixing", ["softmax", "expanded"])
-def test_every_option_trains_and_its_checkpoint_computes_the_same(
-    data, tmp_path, monkeypatch, mixing
-):
+def test_every_option_trains_and_its_checkpoint_computes_the_same(data, tmp_path, monkeypatch):
     models = []  # grow is called with the network, at each step
     monkeypatch.setattr(mixer, "grow", lambda model, *rest: models.append(model))
-    options = f"--mixing {mixing} --rotary --tie-weights --n-layer 2 --max-steps 2 --dropout 0.1"
+    options = "--mixing expanded --rotary --tie-weights --n-layer 2 --max-steps 2 --dropout 0.1"
     mixer.main(argv(data, tmp_path, *options.split()))
     model, _ = sample.load(tmp_path / "ckpt.pt")
     assert model.lm_head.weight is model.wte.weight and model is not models[-1]
