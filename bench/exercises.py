@@ -19,7 +19,7 @@ from train import ROOT, machine, prepare
 
 FOLDER = ROOT / "out/exercises"
 PAGE = ROOT / "results/exercises.md"
-SHOWN = re.compile(r"step 1/|step .* blocks, |all of |.*: loss |\|")  # of what a training prints
+SHOWN = re.compile(r"step 1/|step .* blocks, |all of |\w+\.py: |\|")  # of what a training prints
 
 
 def exercises(page):
