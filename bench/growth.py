@@ -56,14 +56,16 @@ def draw(figure, rows):
 
 
 def main():
+    names = [name for name in FINAL if "," not in name]  # the others: another shape, or 64 ahead
+    commands = {name: f"{FINAL[name]} --vocab-size 4096" for name in names}
+    trained = {}  # before any decoding, since a process inherits the peak memory of its parent
+    for name, command in commands.items():
+        texts = [f"{command} --block-size {n} --batch-size {4096 // n}" for n in CONTEXTS]
+        trained[name] = race(texts, turns=3, steps=1)
     rows = {}
-    for name, model in FINAL.items():
-        if "," in name:  # another shape, or 64 ahead
-            continue
-        model += " --vocab-size 4096"
-        texts = [f"{model} --block-size {n} --batch-size {4096 // n}" for n in CONTEXTS]
-        trained = zip(CONTEXTS, race(texts, turns=3, steps=1))
-        rows[name] = [(n, speed, held / 1e6, *decoding(model, n)) for n, (speed, held) in trained]
+    for name, command in commands.items():
+        pairs = zip(CONTEXTS, trained[name])
+        rows[name] = [(n, speed, held / 1e6, *decoding(command, n)) for n, (speed, held) in pairs]
     print(machine())
     for title, cell in TABLES.items():
         print(f"\n{title}\n\n| context |", " | ".join(f"{n:,}" for n in CONTEXTS), "|")
