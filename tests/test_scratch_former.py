@@ -247,6 +247,11 @@ def test_evaluation_hides_the_same_tokens_of_a_text_in_every_batch(objective):
     assert torch.allclose(losses.mean(), expected) and losses.std() > 0.01
     assert not model.train().noise(idx).equal(model.noise(idx))
 
+    read = []  # by the network in training: not all hidden tokens become the mask id, 50
+    model.wte.register_forward_pre_hook(lambda wte, args: read.append(args[0]))
+    model(idx, idx)
+    assert objective == "spans" or 0 < (read[0] == 50).sum() < (text == 50).sum()
+
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.5])
 def test_the_loss_and_its_gradients_are_those_of_smoothed_cross_entropy(smoothing):
