@@ -1,11 +1,13 @@
 """prepare_data.py: byte-pair encoding against a slow, obvious trainer; texts as people have them;
 what token files hold; downloads from a server that fails on purpose; errors in one line."""
 
+import dataclasses
 import gzip
 import hashlib
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 import threading
@@ -319,6 +321,18 @@ def test_a_failing_run_is_one_line_and_changes_no_data_set(command, content, mes
     assert contents() == before
 
 
+def test_ctrl_c_is_one_line_and_a_mistake_in_the_code_shows_where(monkeypatch, capsys):
+    """Only what a user can put right is one line: students edit this file."""
+    monkeypatch.setattr(prepare_data, "merge", lambda ids, pair, new: (1, 2, 3))
+    with pytest.raises(ValueError, match="too many values to unpack"):
+        run(write("a.txt", PROSE), "--tokenizer", "bpe:300")
+    monkeypatch.setattr(prepare_data, "merge", lambda ids, pair, new: signal.raise_signal(2))
+    with pytest.raises(SystemExit) as e:
+        run("a.txt", "--tokenizer", "bpe:300")
+    assert e.value.code == 130 and "interrupted" in capsys.readouterr().err
+    assert not Path("out").exists()
+
+
 def test_a_run_that_another_process_overtakes_leaves_a_whole_data_set(monkeypatch):
     """The other one's terminal lacks the letters of the file's name."""
     options = [write("Ω 漢字.txt", PROSE), "--tokenizer", "bpe:270"]
@@ -358,9 +372,12 @@ class Handler(BaseHTTPRequestHandler):
     """Serves the server's answers: a code, a body, or with 206 the rest of it, and headers."""
 
     def do_GET(self):
-        assert self.headers["Accept-Encoding"] == "identity"  # else it would be compressed
-        begin = int(self.headers["Range"].removeprefix("bytes=").removesuffix("-"))
+        begin = 0
+        if "Range" in self.headers:  # a download
+            assert self.headers["Accept-Encoding"] == "identity"  # else it would be compressed
+            begin = int(self.headers["Range"].removeprefix("bytes=").removesuffix("-"))
         self.server.asked.append(begin)
+        self.server.paths.append(self.path)
         code, body, headers = self.server.answers.pop(0)
         body = body[begin:] if code == 206 else body
         self.send_response(code if body or code != 206 else 416)
@@ -386,6 +403,7 @@ DOWNLOADS = {  # bytes that an earlier run left, answers, the bytes from which o
 def server():
     with HTTPServer(("127.0.0.1", 0), Handler) as server:
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        server.asked, server.paths = [], []
         yield server
         server.shutdown()
 
@@ -393,7 +411,7 @@ def server():
 @pytest.mark.parametrize("name", DOWNLOADS)
 def test_a_download_is_the_file_or_one_line_after_three_tries(name, server, monkeypatch):
     part, answers, starts = DOWNLOADS[name]
-    server.answers, server.asked, waited = [*answers], [], []
+    server.answers, waited = [*answers], []
     monkeypatch.setattr(time, "sleep", waited.append)
     wanted = f"http://127.0.0.1:{server.server_port}/x", Path("input.txt")
     write("input.txt.part", part)
@@ -405,6 +423,34 @@ def test_a_download_is_the_file_or_one_line_after_three_tries(name, server, monk
         for _ in range(2):  # what is there is not downloaded again
             assert prepare_data.download(*wanted).read_bytes() == BODY
     assert server.asked == starts
+
+
+HUB_FILES = {  # the files of large data sets on the hub, and how many there are
+    "openwebmath": ("open-web-math/open-web-math/resolve/main/data/train-0000{}-of-00114-x", 0),
+    "openwebtext": ("Skylion007/openwebtext/resolve/main/plain_text/train-0000{}-of-00080", 80),
+    "fineweb-edu": ("HuggingFaceFW/fineweb-edu/resolve/main/sample/10BT/00{}_00000", 14),
+}
+
+
+@pytest.mark.parametrize("name", HUB_FILES)
+def test_the_files_of_large_data_sets_are_those_of_the_hub(name, server, monkeypatch):
+    hub = f"http://127.0.0.1:{server.server_port}"
+    data_set = prepare_data.DATASETS[name]
+    address = data_set.address.replace(prepare_data.HUB, hub)
+    monkeypatch.setitem(prepare_data.DATASETS, name, dataclasses.replace(data_set, address=address))
+    monkeypatch.setattr(prepare_data, "HUB", hub)
+    monkeypatch.setattr(prepare_data, "import_pyarrow", lambda: None)  # a download needs none
+    server.answers = [WHOLE, WHOLE]
+    listed = []
+    if name == "openwebmath":  # its files are listed first
+        listing = [{"path": f"data/train-0000{i}-of-00114-x.parquet"} for i in (1, 2, 0)]
+        server.answers.insert(0, (200, json.dumps(listing).encode(), {}))
+        listed = ["/api/datasets/open-web-math/open-web-math/tree/main/data"]
+    files = prepare_data.download_files(name, shards=2)
+    path, n = HUB_FILES[name]
+    wanted = [f"/datasets/{path.format(i)}.parquet" for i in (0, 1)]
+    assert server.paths == listed + wanted and len(data_set.names) == n
+    assert [file.name for file in files] == [Path(path).name for path in wanted]
 
 
 def test_large_data_sets_have_some_ten_million_tokens_for_validation_and_the_help_says_it():
