@@ -4,10 +4,9 @@
     make ablate SCALE=quick    a tenth of it with one seed, to see that it works: into out/
     make march                 the encoder-decoders of MARCH: results/march.md
 
-The tables of these pages say what is done: a name; the text that the model file has; what stands
-there instead, and options, which begin with "--"; a remark. This program trains each row and fills
-in the other cells: number of parameters, learning rate, time of a step, loss, its change against
-the first row of the table. It resumes. It draws the first table, too.
+The tables of these pages say what is done: a name; texts that the model file has; what stands there
+instead, and options, which begin with "--"; a remark. This program trains each row, fills in the
+other cells, and draws the first table. A change is that against a table's first row. It resumes.
 """
 
 import math
@@ -15,16 +14,15 @@ import re
 import sys
 
 import runs
-from compare import DATA, MODELS, RUN
+from compare import DATA, MODELS, RUN, SEEDS
 from pictures import write_tokens
-from train import ROOT, machine, prepare
+from train import ROOT, machine, prepare, replace
 
 SPANS = "scratch_former.py --objective spans --n-layer 4 --n-head 4 --head-dim 32 --n-embd 128 "
 SPANS += "--n-ff 512 --position relative --label-smoothing 0 --device cpu --block-size 128 "
 SPANS += "--batch-size 8 --micro-batch 8 --warmup-steps 300 --eval-tokens 16384"
 GPT2 = f"{MODELS['gpt2'][0]} {RUN}".replace("--eval-tokens 1000000", "--eval-tokens 16384")
 RATE = MODELS["gpt2"][1]
-SEEDS = (1337, 1, 2)
 SPAN_DATA = "prepare_data.py stdlib --tokenizer bpe:1024 --out data/march"
 EXPERIMENTS = {  # page, data, command, steps, learning rates to begin with, seeds, unit of the loss
     "full": ("ablations", DATA["full"], GPT2, 977, [RATE], SEEDS, "bits per byte"),
@@ -33,29 +31,23 @@ EXPERIMENTS = {  # page, data, command, steps, learning rates to begin with, see
 }
 
 
-def read_row(line):
-    """(name, texts of the model file, texts instead, options, remark) of a row of a page, or None
-    for any other line."""
-    cells = [cell.strip() for cell in line.strip("|").split("|")]
-    if not line.startswith("|") or cells[0] in ("", "---"):
-        return None
-    old, new = (re.findall("`([^`]+)`", cell) for cell in cells[1:3])
+def read_tables(page):
+    """The tables of results/PAGE.md, each a list of rows: first the titles, then the first four
+    cells of each row."""
+    text = (ROOT / f"results/{page}.md").read_text(encoding="utf-8")
+    tables = []
+    for block in re.findall(r"(?:^\|.*\n)+", text, re.M):
+        rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in block.splitlines()]
+        tables.append([rows[0], *(cells[:4] for cells in rows[2:])])
+    return tables
+
+
+def read_row(old, new, remark):
+    """([(text of the model file, text instead)], options) of the cells of a row."""
+    old, new = (re.findall("`([^`]+)`", cell) for cell in (old, new))
     options = " ".join(code for code in new if code.startswith("--"))
     old, new = ([code for code in codes if not code.startswith("--")] for codes in (old, new))
-    return cells[0], old, new, options, cells[3]
-
-
-def change(source, row):
-    """The text of a model file as a row wants it. Exits, naming the line, if the file does not have
-    it once."""
-    name, old, new, *_ = row
-    if len(old) != len(new):
-        sys.exit(f"{name}: {len(old)} lines to replace, and {len(new)} instead")
-    for before, after in zip(old, new):
-        if source.count(before) != 1:
-            sys.exit(f"{name}: the model file has {source.count(before)} times: {before}")
-        source = source.replace(before, after)
-    return source
+    return [*zip(old, new, strict=True)], options
 
 
 def train_rows(rows, scale, folder):
@@ -66,14 +58,15 @@ def train_rows(rows, scale, folder):
     options += f" --data {data} --max-steps {steps} --eval-interval {steps // 2}"
     runs.copy_code(folder)
     code = ROOT / folder / "code"
-    texts = {row[0]: change((code / file).read_text(encoding="utf-8"), row) for row in rows}
-    for name, text in texts.items():
+    more = {}
+    for name, *cells in rows:
+        changes, more[name] = read_row(*cells)
+        text = replace((code / file).read_text(encoding="utf-8"), changes, name)
         (code / runs.slug(name)).mkdir(exist_ok=True)
         (code / runs.slug(name) / file).write_text(text, encoding="utf-8")
-    more = {row[0]: row[3].replace("data/compare", data) for row in rows}
 
     def command_of(name, rate, seed):
-        run = f"{runs.slug(name)}/{file} {options} {more[name]}"
+        run = f"{runs.slug(name)}/{file} {options} {more[name].replace('data/compare', data)}"
         return f"{run} --learning-rate {rate:g} --seed {seed}"
 
     def losses(pairs):
@@ -93,16 +86,13 @@ def measure(found, base, unit):
     rates, best, trained = found
     mean, its_error = runs.mean_and_error([runs.final(run, unit) for run in trained])
     base_mean, base_error = runs.mean_and_error([runs.final(run, unit) for run in base[2]])
-    delta = mean - base_mean
-    error = math.hypot(its_error, base_error)
-    text = f"{delta:+.3f} ± {error:.3f}"
-    if abs(delta) <= 2 * error:
-        text += ", no effect at this size"
+    delta, error = mean - base_mean, math.hypot(its_error, base_error)
+    note = ", no effect at this size" if abs(delta) <= 2 * error else ""
     n_params = trained[0][0].split()[0]  # the first word that a training prints
     ms = min(1000 * rows[-1]["seconds"] / rows[-1]["step"] for _, rows in trained)
     of = f" of {', '.join(f'{rate:g}' for rate in rates)}" if len(rates) > 1 else ""
     cells = [n_params, f"{best:g}{of}", f"{ms:.0f}", f"{mean:.3f} ± {its_error:.3f}"]
-    return [*cells, "" if found is base else text], delta, error
+    return [*cells, "" if found is base else f"{delta:+.3f} ± {error:.3f}{note}"], delta, error
 
 
 def draw(figure, changes, theirs, file, unit):
@@ -113,8 +103,8 @@ def draw(figure, changes, theirs, file, unit):
     bars = dict(fmt="o", color=runs.COLORS[file], capsize=3, label="here, ± 2 standard errors")
     axis.errorbar(means, names, xerr=[2 * error for error in errors], **bars)
     if theirs:
-        source = dict(color=runs.GREY, label="the source, one seed")
-        axis.plot([*theirs.values()], [*theirs], "D", **source)
+        label = "the source, one seed"
+        axis.plot([*theirs.values()], [*theirs], "D", color=runs.GREY, label=label)
     axis.axvline(0, color=runs.GREY, label=f"{file}.py as it is")
     figure.legend(loc="outside upper center", ncols=3, frameon=False)
     axis.set_xscale("symlog", linthresh=0.02)
@@ -123,40 +113,33 @@ def draw(figure, changes, theirs, file, unit):
 
 
 def main(scale="full"):
-    name, data, command, steps, _, seeds, unit = EXPERIMENTS[scale]
-    folder = f"out/{name}-quick" if scale == "quick" else f"out/{name}"
+    page, data, command, steps, _, seeds, unit = EXPERIMENTS[scale]
+    folder = f"out/{page}-quick" if scale == "quick" else f"out/{page}"
     results = folder if scale == "quick" else "results"
     prepare(data)
-    if name == "ablations":  # what single rows need
+    if page == "ablations":  # what single rows need
         prepare(data.replace("--out", "--tokenizer bytes --out") + "-bytes")
         write_tokens("iid", 4, lambda rng, *size: [rng.integers(4, size=size)])
-    lines = (ROOT / f"results/{name}.md").read_text(encoding="utf-8").splitlines()
-    rows = [row for row in map(read_row, lines) if row]
-    found = train_rows(rows, scale, folder)
+    tables = read_tables(page)
+    found = train_rows([row for _, *rows in tables for row in rows], scale, folder)
 
-    tables = []
-    changes = {}  # in the first table
-    theirs = {}
-    for above, line in zip(["", *lines], lines):
-        row = read_row(line)
-        if line.startswith("| ---"):
-            tables.append([[cell.strip() for cell in above.strip("|").split("|")]])
-            base = None  # the next row
-        elif row:
-            base = base or row[0]
-            cells, delta, error = measure(found[row[0]], found[base], unit)
-            tables[-1].append([*line.removeprefix("| ").split(" | ")[:4], *cells])
-            if row[0] != base and len(tables) == 1 and math.isfinite(delta):
-                changes[row[0]] = delta, error
-                if re.fullmatch(r"[-+][\d.]+", row[4]):
-                    theirs[row[0]] = float(row[4])
+    changes, theirs = {}, {}  # in the first table
+    for titles, base, *rows in tables:
+        for row in base, *rows:
+            name, *_, remark = row
+            cells, delta, error = measure(found[name], found[base[0]], unit)
+            row += cells
+            if row is not base and titles is tables[0][0] and math.isfinite(delta):
+                changes[name] = delta, error
+                if re.fullmatch(r"[-+][\d.]+", remark):
+                    theirs[name] = float(remark)
+    first = tables[0][1][0]
     text = f"{len(seeds)} seeds, all of val, {machine()}, a thread a run. The first row:"
-    rate = f"{found[rows[0][0]][1]:g}"
-    options = f"--data {data.split()[-1]} --max-steps {steps} --learning-rate {rate}"
-    runs.fill_page(f"{name}.md", results, text, [data, f"{command} {options}"], tables)
+    options = f"--data {data.split()[-1]} --max-steps {steps} --learning-rate {found[first][1]:g}"
+    runs.fill_page(f"{page}.md", results, text, [data, f"{command} {options}"], tables)
     file = command.split(".py")[0]
     size = (9, 1.5 + 0.25 * len(changes))
-    runs.picture(f"{results}/{name}.svg", size, lambda f: draw(f, changes, theirs, file, unit))
+    runs.picture(f"{results}/{page}.svg", size, lambda f: draw(f, changes, theirs, file, unit))
 
 
 if __name__ == "__main__":

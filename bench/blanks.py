@@ -3,21 +3,17 @@ hidden tokens the first two name.
 
     python bench/blanks.py out/masked out/spans out/next       the runs of results/scratch_former.md
 
-The twenty are chosen by a rule: every 500th token of val.bin that is a keyword, a bracket, or a
-whole name seen a hundred times in training. A model sees 60 tokens on either side. Losses are of
-the first --eval-tokens of val. Draws out/blanks.svg; with --save, results/blanks.svg.
+The twenty: every 500th token of val.bin that is a keyword, a bracket, or a whole name seen a
+hundred times in training, between 60 other tokens on either side. Draws out/blanks.svg.
 """
 
 import keyword
 import math
-import os
 import sys
 
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as in the model files, before torch is imported
-
 import numpy as np
+import runs  # before torch, because train.py sets GOMP_SPINCOUNT first
 import torch
-from runs import COLORS, curve, level, log, picture
 from train import ROOT
 
 import gpt2
@@ -52,16 +48,7 @@ def places(tokens, train, tokenizer):
             yield i
 
 
-def draw(figure, below):
-    axis = figure.subplots()
-    for name, points in below.items():
-        curve(axis, points, name, color=COLORS["scratch_former"], ls=STYLES[name])
-    level(axis, 0, "token frequencies")
-    axis.set_xlabel("tokens read, millions")
-    axis.set_ylabel("nats below token frequencies\n(higher is better)")
-
-
-def main(folders, path):
+def main(folders):
     print("| objective | parameters | tokens read | loss | frequencies | below |")
     print("| --- " * 6 + "|")
     models = {}
@@ -71,14 +58,23 @@ def main(folders, path):
         splits = gpt2.open_data(ROOT / model.cfg.data)[2]
         base = baseline(model.cfg, splits)
         name = model.cfg.objective
-        points = [(row["tokens"] / 1e6, row["val_loss"]) for row in log(folder) if row["val_loss"]]
-        read, nats = points[-1]
+        rows = [row for row in runs.log(folder) if row["val_loss"]]
+        below[name] = [(row["tokens"] / 1e6, base - row["val_loss"]) for row in rows]
+        read, gain = below[name][-1]
         n = sum(p.numel() for p in model.parameters())
-        print(f"| {name} | {n:,} | {read:.1f}M | {nats:.3f} | {base:.3f} | {base - nats:.3f} |")
-        below[name] = [(x, base - y) for x, y in points]
+        print(f"| {name} | {n:,} | {read:.1f}M | {base - gain:.3f} | {base:.3f} | {gain:.3f} |")
         if name != "next":
             models[name] = model
-    picture(path, (8, 3.5), lambda figure: draw(figure, below))
+
+    def draw(figure):
+        axis = figure.subplots()
+        for name, points in below.items():
+            runs.curve(axis, points, name, color=runs.COLORS["scratch_former"], ls=STYLES[name])
+        runs.level(axis, 0, "token frequencies")
+        axis.set_xlabel("tokens read, millions")
+        axis.set_ylabel("nats below token frequencies\n(higher is better)")
+
+    runs.picture("out/blanks.svg", (8, 3.5), draw)
 
     print("\n| line | hidden |", " | ".join(models), "|\n" + "| --- " * 4 + "|")
     right = dict.fromkeys(models, 0)
@@ -97,6 +93,4 @@ def main(folders, path):
 
 
 if __name__ == "__main__":
-    save = "--save" in sys.argv
-    folders = [word for word in sys.argv[1:] if word != "--save"]
-    main(folders, "results/blanks.svg" if save else "out/blanks.svg")
+    main(sys.argv[1:])

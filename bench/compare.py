@@ -4,12 +4,8 @@
     make compare SCALE=quick       a twentieth of it with one seed, to see that it works: into out/
     make compare SCALE=long        gpt2.py and mixer.py, two sizes, up to 50M tokens: bench/long.py
 
-The text is that of `prepare_data.py python`. Each model has its own learning rate. It is searched
-in runs of half the length, with all seeds, until the best one has a worse one on either side. A
-rate at which one of the seeds ends more than 0.1 bits above their median is not stable, and not
-chosen. Next-token models whose steps are over 15% faster or slower than gpt2.py's train once more,
-for as many seconds as its run takes. Bits per byte are of all of val, in the picture, too. It
-resumes. Fills in results/compare.md and draws compare.svg.
+Fills in results/compare.md, which says how learning rates are chosen and what is equal, and draws
+compare.svg. Bits per byte are of all of val, in the picture, too. It resumes.
 """
 
 import importlib
@@ -39,9 +35,10 @@ DATA = {
     "full": "prepare_data.py python --val-fraction 0.01 --out data/compare",
     "quick": "prepare_data.py stdlib --val-fraction 0.01 --out data/quick",
 }
+SEEDS = (1337, 1, 2)
 SCALES = {  # optimizer steps, seeds, folder of the trainings, folder of the page
-    "full": (2000, (1337, 1, 2), "out/compare", "results"),
-    "quick": (100, (1337,), "out/quick", "out/quick"),
+    "full": (2000, SEEDS, "out/compare", "results"),
+    "quick": (100, SEEDS[:1], "out/quick", "out/quick"),
 }
 
 
@@ -49,8 +46,7 @@ def build(options, more=f"{COMMON} --vocab-size 4096"):
     """The network of a command, with new weights."""
     file, *words = f"{options} {more}".split()
     module = importlib.import_module(file.removesuffix(".py"))
-    cfg = module.parse(words)[0]
-    return module.Model(cfg)
+    return module.Model(module.parse(words)[0])
 
 
 def count_parameters(options):
@@ -64,12 +60,10 @@ def bits(runs):
 def unstable(runs):
     """{setting: bits per byte} of the settings of which a seed ends more than 0.1 bits above the
     median of all seeds."""
-    found = {}
-    for setting, trained in runs.items():
-        values = bits(trained)
-        if not max(values) - statistics.median(values) <= 0.1:  # so that inf - inf counts
-            found[setting] = values
-    return found
+    ends = {setting: bits(trained) for setting, trained in runs.items()}
+    above = {setting: max(ends[setting]) - statistics.median(ends[setting]) for setting in ends}
+    # `not`, because inf - inf, where all diverge, is not a number.
+    return {setting: ends[setting] for setting in ends if not above[setting] <= 0.1}
 
 
 def compare(scale):
@@ -94,12 +88,9 @@ def compare(scale):
     def measure(pairs):
         """{(name, rate): mean bits per byte} in half of the steps, infinite if not stable."""
         train_more([(name, half, rate) for name, rate in pairs])
-        losses = {}
-        for name, rate in pairs:
-            losses[name, rate] = statistics.mean(bits(runs[name, half, rate]))
-        for name, _, rate in unstable(runs):  # at any length
-            losses[name, rate] = math.inf
-        return losses
+        losses = {pair: statistics.mean(bits(runs[pair[0], half, pair[1]])) for pair in pairs}
+        too_high = {(name, rate): math.inf for name, _, rate in unstable(runs)}  # at any length
+        return losses | too_high
 
     while True:
         best = best_rates(rates, measure, widen=scale == "full")
@@ -119,16 +110,13 @@ def compare(scale):
 
 
 def against(runs, base):
-    """Bits per byte, mean ± standard error, and how they compare with gpt2.py's: "=" if they are
-    within two standard errors."""
+    """Bits per byte, mean ± standard error, beside `base`: "=" if within two standard errors."""
     mean, error = mean_and_error(bits(runs))
     its_mean, its_error = mean_and_error(bits(base))
     sign = " better" if mean < its_mean else " worse"
     if abs(mean - its_mean) <= 2 * math.hypot(error, its_error):
         sign = " ="
-    if runs is base:
-        sign = ""
-    return f"{mean:.3f} ± {error:.3f}{sign}"
+    return f"{mean:.3f} ± {error:.3f}{'' if runs is base else sign}"
 
 
 def draw(figure, trained):
@@ -137,15 +125,12 @@ def draw(figure, trained):
     for name, runs in trained.items():
         if "64" in name:  # another task
             continue
-        points = {}  # millions of tokens: bits per byte of all seeds
-        for _, rows in runs:
-            for row in rows:
-                if row["val_bits_per_byte"] is not None:
-                    points.setdefault(row["tokens"] / 1e6, []).append(row["val_bits_per_byte"])
-        means = [(x, statistics.mean(values)) for x, values in points.items()]
-        color = curve(axis, means, name, ls="--" if "12" in name else "-")
-        low, high = zip(*((min(values), max(values)) for values in points.values()))
-        axis.fill_between([*points], low, high, color=color, alpha=0.25, lw=0)
+        logs = [[row for row in rows if row["val_bits_per_byte"] is not None] for _, rows in runs]
+        x = [row["tokens"] / 1e6 for row in logs[0]]
+        y = [[row["val_bits_per_byte"] for row in rows] for rows in zip(*logs)]  # of each seed
+        means = zip(x, map(statistics.mean, y))
+        color = curve(axis, [*means], name, ls="--" if "12" in name else "-")
+        axis.fill_between(x, [*map(min, y)], [*map(max, y)], color=color, alpha=0.25, lw=0)
     axis.set(xlabel="tokens read, millions", ylabel="bits per byte of val (lower is better)")
     axis.set_title("mean of three seeds; bands: from the lowest seed to the highest", fontsize=10)
 

@@ -15,9 +15,10 @@ import subprocess
 import sys
 import time
 
-from train import ROOT, machine, prepare
+from train import ROOT, machine, prepare, replace
 
 FOLDER = ROOT / "out/exercises"
+IGNORED = shutil.ignore_patterns(".*", "data", "out", "__pycache__")  # what is no code
 PAGE = ROOT / "results/exercises.md"
 SHOWN = re.compile(r"step 1/|step .* blocks, |all of |\w+\.py: |\|")  # of what a training prints
 
@@ -28,26 +29,11 @@ def exercises(page):
     for section in re.split(r"^## ", page, flags=re.M)[1:]:
         file = re.search(r"^In `(\w+\.py)`", section, re.M)
         diff = re.search(r"```diff\n(.*?)```", section, re.S)
-        changes = []
-        for old, new in re.findall(r"((?:^-.*\n)+)((?:^\+.*\n)*)", diff[1] if diff else "", re.M):
-            changes.append(tuple(re.sub("^.", "", text, flags=re.M) for text in (old, new)))
+        pairs = re.findall(r"((?:^-.*\n)+)((?:^\+.*\n)*)", diff[1] if diff else "", re.M)
+        changes = [[re.sub("^.", "", text, flags=re.M) for text in pair] for pair in pairs]
         commands = re.findall(r"^    python (.*)", section, re.M)
         found.append((int(section.split(".")[0]), file and file[1], changes, commands))
     return found
-
-
-def copy_code(file, changes):
-    """Copies the code to FOLDER, with texts of a file replaced. Exits, naming the text, if the file
-    does not have it once."""
-    for path in [*ROOT.glob("*.py"), *ROOT.glob("bench/*.py")]:
-        copy = FOLDER / path.relative_to(ROOT)
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(path, copy)
-    for old, new in changes:
-        source = (FOLDER / file).read_text(encoding="utf-8")
-        if source.count(old) != 1:
-            sys.exit(f"{file} has {source.count(old)} times:\n{old}")
-        (FOLDER / file).write_text(source.replace(old, new), encoding="utf-8")
 
 
 def run(command):
@@ -71,16 +57,18 @@ def main(numbers):
     for number, file, changes, commands in exercises(page):
         if numbers and number not in numbers:
             continue
-        copy_code(file, changes)
+        shutil.copytree(ROOT, FOLDER, ignore=IGNORED, dirs_exist_ok=True)
+        if changes:
+            source = replace((ROOT / file).read_text(encoding="utf-8"), changes, file)
+            (FOLDER / file).write_text(source, encoding="utf-8")
         if not (FOLDER / "data").exists():
             (FOLDER / "data").symlink_to(ROOT / "data")
         printed = "\n".join(line for command in commands for line in run(command))
-        head, title, section = page.partition(f"\n## {number}. ")
-        question, fence, answer = section.partition("```text\n")
-        answer = answer[answer.index("```") :]
-        page = f"{head}{title}{question}{fence}{printed}\n{answer}"
-    minutes = (time.perf_counter() - start) / 60
+        begin = page.index("```text\n", page.index(f"\n## {number}. "))
+        end = page.index("```", begin + 3)
+        page = f"{page[:begin]}```text\n{printed}\n{page[end:]}"
     if not numbers:
+        minutes = (time.perf_counter() - start) / 60
         measured = f"Measured: {minutes:.0f} minutes in all, {machine()}."
         page = re.sub("^Measured: .*", measured, page, count=1, flags=re.M)
     PAGE.write_text(page, encoding="utf-8")

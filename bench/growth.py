@@ -4,14 +4,11 @@ A training step has 4,096 tokens, at context T as 4,096 / T texts. A decoding st
 that follow T tokens. Models are those of bench/compare.py, progressive.py's in its last stage.
 """
 
-import os
 import time
 
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as in the model files, before torch is imported
-
+import runs  # first, because train.py sets GOMP_SPINCOUNT before it imports torch
 import torch
 from compare import FINAL, build
-from runs import curve, picture
 from train import machine, race
 
 import gpt2
@@ -46,15 +43,6 @@ def decoding(command, context):
         yield 1000 * (time.perf_counter() - start) / 64
 
 
-def draw(figure, rows):
-    for axis, (i, label) in zip(figure.subplots(2, 2).flat, PANELS.items()):
-        for name in rows:
-            curve(axis, [(row[0], row[i]) for row in rows[name]], name)
-        axis.set_xscale("log", base=2)
-        axis.set_xticks(CONTEXTS, [f"{n:,}" for n in CONTEXTS])
-        axis.set(xlabel="context, tokens", ylabel=label, yscale="log")
-
-
 def main():
     names = [name for name in FINAL if "," not in name]  # the others: another shape, or 64 ahead
     commands = {name: f"{FINAL[name]} --vocab-size 4096" for name in names}
@@ -67,12 +55,20 @@ def main():
         pairs = zip(CONTEXTS, trained[name])
         rows[name] = [(n, speed, held / 1e6, *decoding(command, n)) for n, (speed, held) in pairs]
     print(machine())
+    titles = ["context", *(f"{n:,}" for n in CONTEXTS)]
     for title, cell in TABLES.items():
-        print(f"\n{title}\n\n| context |", " | ".join(f"{n:,}" for n in CONTEXTS), "|")
-        print("| --- " * 7 + "|")
-        for name in rows:
-            print(f"| {name} |", " | ".join(cell.format(*row) for row in rows[name]), "|")
-    picture("results/growth.svg", (13, 9), lambda figure: draw(figure, rows))
+        cells = [[name, *(cell.format(*row) for row in rows[name])] for name in rows]
+        print(f"\n{title}\n\n{runs.table(titles, *cells)}")
+
+    def draw(figure):
+        for axis, (i, label) in zip(figure.subplots(2, 2).flat, PANELS.items()):
+            for name in rows:
+                runs.curve(axis, [(row[0], row[i]) for row in rows[name]], name)
+            axis.set_xscale("log", base=2)
+            axis.set_xticks(CONTEXTS, titles[1:])
+            axis.set(xlabel="context, tokens", ylabel=label, yscale="log")
+
+    runs.picture("results/growth.svg", (13, 9), draw)
 
 
 if __name__ == "__main__":

@@ -2,21 +2,18 @@
 
     python bench/leak.py
 
-There are four symbols. Each token is one of them, drawn with equal probabilities and independently
-of all other tokens. So an honest loss is ln 4 = 1.386 nats at best, and one below it can only come
-from a model that sees its targets. Three small networks are trained on such tokens: 1 ahead, 64
-ahead, and 64 ahead with the source's way of expanding.
+Each token is one of four symbols, drawn with equal probabilities and independently of all others.
+So an honest loss is ln 4 = 1.386 nats at best, and only a model that sees its targets comes below.
+Three small networks are trained: 1 ahead, 64 ahead, and 64 ahead with the source's expander.
 """
 
 import math
-import sys
-from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from train import machine
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where conv_attention.py is
 import conv_attention
 
 POSITIONS = 128  # 64 ahead, the targets of rows 0 to 63 are tokens of the window
@@ -43,15 +40,10 @@ def train(ahead, source, steps=400):
     """Trains a small network. Returns the losses of its steps, and for each row of a window its
     mean loss on fresh tokens, (POSITIONS), both in nats per token."""
     torch.manual_seed(0)
-    cfg = conv_attention.Config(
-        vocab_size=4,
-        block_size=POSITIONS,
-        n_layer="0,0,0,0,0,0,1",  # one block, after the last expansion
-        ahead=ahead,
-        max_steps=steps,
-        warmup_steps=50,
-        learning_rate=2e-3,
-    )
+    # One block, after the last expansion.
+    network = dict(vocab_size=4, block_size=POSITIONS, ahead=ahead, n_layer="0,0,0,0,0,0,1")
+    training = dict(max_steps=steps, warmup_steps=50, learning_rate=2e-3)
+    cfg = conv_attention.Config(**network, **training)
     model = conv_attention.Model(cfg)
     if source:
         expand_as_the_source(model)
@@ -76,7 +68,7 @@ def train(ahead, source, steps=400):
 
 
 def main():
-    print(f"ln 4 = {math.log(4):.3f} nats. The loss on fresh tokens:\n")
+    print(f"{machine()}\nln 4 = {math.log(4):.3f} nats. The loss on fresh tokens:\n")
     print("| | all rows | rows 0 to 63 | rows 64 to 127 |\n| --- | --- | --- | --- |")
     for name, (ahead, source) in NETWORKS.items():
         nats = train(ahead, source)[1]

@@ -2,10 +2,9 @@
 
     make compare SCALE=long
 
-Each point is the end of a run whose rate fell to zero. One run with a constant rate serves all four
-budgets: at 80% of each of them a copy of it begins, in which the rate falls linearly to zero. Rates
-are searched at the first budget with the first seed. The second seed follows, as far as six hours
-allow, which are counted across interruptions. Fills in results/long.md and draws long.svg.
+One run with a constant rate serves four budgets: at 80% of each of them a copy of it begins, in
+which the rate falls linearly to zero. Rates are searched at the first budget with the first seed.
+The second seed follows, as far as six hours allow. Fills in results/long.md and draws long.svg.
 """
 
 import importlib
@@ -21,8 +20,7 @@ from train import ROOT, machine, prepare
 FOLDER = "out/long"
 LIMIT = 6 * 3600  # seconds
 CLOCK = ROOT / FOLDER / "seconds"
-BEFORE = float(CLOCK.read_text() or 0) if CLOCK.exists() else 0.0
-START = time.monotonic()
+BEGAN = time.monotonic() - (float(CLOCK.read_text() or 0) if CLOCK.exists() else 0.0)
 BUDGETS = (4, 12, 25, 50)  # millions of tokens
 DECAY = 0.2  # of a budget
 SEEDS = (1337, 1)
@@ -51,7 +49,7 @@ def work(kind, file, *options):
 
 def spent():
     """The seconds that this program has run, those before an interruption included."""
-    return BEFORE + time.monotonic() - START
+    return time.monotonic() - BEGAN
 
 
 def clock():
@@ -92,17 +90,6 @@ def measure(pairs):
     return {pair: values[BUDGETS[0]] for pair, values in zip(pairs, found)}
 
 
-def draw(figure, points):
-    axis = figure.subplots()
-    for name, values in points.items():
-        style = dict(ls="--" if "4M" in name else "-", marker="o")
-        curve(axis, [(n, statistics.mean(found)) for n, found in values.items()], name, **style)
-    axis.set(xscale="log", ylabel="bits per byte of val (lower is better)")
-    axis.set_xticks(BUDGETS, [f"{budget}M" for budget in BUDGETS])
-    axis.minorticks_off()
-    axis.set_xlabel("tokens of a run, log scale; at each point its rate had fallen to zero")
-
-
 def main():
     prepare(DATA["full"])
     copy_code(FOLDER)
@@ -120,11 +107,21 @@ def main():
     for name, (options, _) in NETWORKS.items():
         tried = ", ".join(f"{rate:g}" for rate in sorted(rates[name]))
         row = [name, f"{count_parameters(options):,}", f"{best[name]:g} of {tried}"]
-        for budget in BUDGETS:
-            row.append(", ".join(f"{value:.3f}" for value in points[name].get(budget, [])))
-        rows.append(row)
+        ends = [points[name].get(budget, []) for budget in BUDGETS]
+        rows.append([*row, *(", ".join(f"{value:.3f}" for value in values) for values in ends)])
     fill_page("long.md", "results", f"{machine()}, a thread a run.", [DATA["full"]], [rows])
-    picture("results/long.svg", (9, 4.5), lambda figure: draw(figure, points))
+
+    def draw(figure):
+        axis = figure.subplots()
+        for name, values in points.items():
+            style = dict(ls="--" if "4M" in name else "-", marker="o")
+            curve(axis, [(n, statistics.mean(found)) for n, found in values.items()], name, **style)
+        axis.set(xscale="log", ylabel="bits per byte of val (lower is better)")
+        axis.set_xticks(BUDGETS, [f"{budget}M" for budget in BUDGETS])
+        axis.minorticks_off()
+        axis.set_xlabel("tokens of a run, log scale; at each point its rate had fallen to zero")
+
+    picture("results/long.svg", (9, 4.5), draw)
 
 
 if __name__ == "__main__":

@@ -1,25 +1,18 @@
-"""Five pictures in results/, for which small networks are trained first. It resumes.
+"""Five pictures in results/, each by a function of its own, which says what it shows.
 
     python bench/pictures.py switch recall    these two; without names, all of them
 
-leak: tokens that nothing predicts (bench/leak.py). ahead: nats by position in a block of 64 that is
-predicted at once. switch: progressive.py, and a GPT-2 of its final size, three seeds each. recall:
-names whose values each text draws anew, so that where to copy from depends on the text; the best of
-three learning rates. triangles: what a mixer's layers learn, and where GPT-2 attends.
+Small networks are trained first. It resumes.
 """
 
 import json
 import math
-import os
 import sys
 
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as in the model files, before torch is imported
-
+import compare  # before torch, because train.py sets GOMP_SPINCOUNT first
+import leak
 import numpy as np
 import torch
-from compare import MODELS
-from leak import NETWORKS
-from leak import train as train_on_random_tokens
 from runs import COLORS, GREY, curve, final, level, mean_and_error, picture, slug, train_all
 from train import ROOT, prepare
 
@@ -29,14 +22,13 @@ import sample
 FOLDER = "out/pictures"
 TEXT = "--device cpu --max-steps 1000 --eval-interval 1000 --log-interval 2 --learning-rate"
 SMALL = "--n-layer 3 --n-embd 128 --block-size 256 --batch-size 8 --micro-batch 8"
-AHEAD = "--ahead 64 --n-layer 0,0,0,2,0,0,0 --n-embd 256 --widths 1,1,1 --n-head 4 --batch-size 8 "
-AHEAD += "--micro-batch 8 --max-steps 1200 --warmup-steps 50 --eval-interval 60 --device cpu"
 RUNS = {
-    "64 ahead": f"conv_attention.py {AHEAD} --learning-rate 2e-3",
+    "64 ahead": "conv_attention.py --ahead 64 --n-layer 0,0,0,2,0,0,0 --n-embd 256 --widths 1,1,1 "
+    "--n-head 4 --batch-size 8 --micro-batch 8 --max-steps 1200 --warmup-steps 50 "
+    "--eval-interval 60 --device cpu --learning-rate 2e-3",
     "gpt2, 3 layers": f"gpt2.py {SMALL} --n-head 4 {TEXT} 4e-3",
     "mixer, 3 layers": f"mixer.py {SMALL} {TEXT} 4e-3",
 }
-SEEDS = (1337, 1, 2)
 RECALL = "--data data/named --device cpu --block-size 128 --batch-size 32 --micro-batch 32"
 RECALL_STEPS = (1000, 4000)
 BACK = [4, 8, 16, 32, 64]
@@ -78,8 +70,8 @@ def load(*setting):
 def draw_leak(figure):
     """Draws the training losses of bench/leak.py, each the mean of the last 20 steps."""
     axis = figure.subplots()
-    for (name, (ahead, source)), style in zip(NETWORKS.items(), ("-", "--", ":")):
-        losses = train_on_random_tokens(ahead, source)[0]
+    for (name, (ahead, source)), style in zip(leak.NETWORKS.items(), ("-", "--", ":")):
+        losses = leak.train(ahead, source)[0]
         means = np.convolve(losses, np.full(20, 1 / 20), "valid")
         curve(axis, [*enumerate(means, 20)], name, color=COLORS["conv_attention"], ls=style)
     level(axis, math.log(4), "ln 4: no honest loss is below", x=0.55)
@@ -88,18 +80,18 @@ def draw_leak(figure):
 
 
 def draw_switch(figure):
-    """Draws the losses around both switches, each the mean of five rows of the log, and prints how
-    far all of val is after three seeds."""
-    settings = [(model, seed) for model in ("gpt2", "progressive") for seed in SEEDS]
+    """Draws the losses of progressive.py and of a GPT-2 of its final size around both switches, as
+    means of five rows of the log, and prints the losses of all of val, three seeds."""
+    settings = [(model, seed) for model in ("gpt2", "progressive") for seed in compare.SEEDS]
     command = "{}.py " + TEXT + " 2e-3 --seed {}"  # 12 layers
     trained = train_all(FOLDER, settings, command.format)
     axis = figure.subplots()
     for model in ("gpt2", "progressive"):
-        rows = trained[model, SEEDS[0]][1][:200]
+        rows = trained[model, compare.SEEDS[0]][1][:200]
         means = np.convolve([row["train_loss"] for row in rows], np.full(5, 1 / 5), "valid")
         points = [*zip((row["step"] for row in rows[4:]), means)]
         curve(axis, points, model)
-        nats = [final(trained[model, seed], "nats per token") for seed in SEEDS]
+        nats = [final(trained[model, seed], "nats per token") for seed in compare.SEEDS]
         mean, error = mean_and_error(nats)
         print(f"{model}: {mean:.4f} ± {error:.4f} nats, {nats}")
     for step, blocks in ((50, 6), (150, 12)):
@@ -149,14 +141,15 @@ def draw_ahead(figure):
 
 @torch.no_grad()
 def draw_recall(figure):
-    """Prints and draws the share of values read before that each model names."""
+    """Prints and draws the share of values read before that each model names, which depend on the
+    name and on the text. Each model has the best of three learning rates."""
+    models = {name: model for name, model in compare.MODELS.items() if "," not in name}
     settings = []
-    for name in (name for name in MODELS if "," not in name):
-        rates = (MODELS[name][1] / 4, MODELS[name][1] / 2, MODELS[name][1])
-        settings += [("recall", name, steps, rate) for steps in RECALL_STEPS for rate in rates]
+    for name, (_, rate) in models.items():
+        settings += [("recall", name, n, rate / x) for n in RECALL_STEPS for x in (4, 2, 1)]
 
     def command(_, name, steps, rate):
-        options = f"{MODELS[name][0]} {RECALL} --warmup-steps 100 --eval-interval {steps}"
+        options = f"{models[name][0]} {RECALL} --warmup-steps 100 --eval-interval {steps}"
         return f"{options} --max-steps {steps} --learning-rate {rate:g}"
 
     write_tokens("named", 288, named)
@@ -166,13 +159,11 @@ def draw_recall(figure):
     print("| | rate |", " | ".join(f"{n} to {2 * n - 1}" for n in BACK), "|")
     print("| --- " * 7 + "|")
     for axis, steps in zip(figure.subplots(1, 2, sharey=True), RECALL_STEPS):
-        for name in dict.fromkeys(setting[1] for setting in settings):
+        for name in models:
             of_rates = [setting for setting in settings if setting[1:3] == (name, steps)]
             best = min(of_rates, key=lambda setting: final(trained[setting], "nats per token"))
             right = load(*best)(tokens[:, :-1]).argmax(-1) == tokens[:, 1:]
-            shares = []
-            for n in BACK:
-                shares.append(right[(n <= back) & (back < 2 * n)].float().mean().item())
+            shares = [right[(n <= back) & (back < 2 * n)].float().mean().item() for n in BACK]
             cells = [f"{name}, {steps:,} steps", f"{best[3]:g}", *(f"{x:.0%}" for x in shares)]
             print(f"| {' | '.join(cells)} |")
             curve(axis, [*zip(BACK, shares)], name)
@@ -186,11 +177,10 @@ def draw_recall(figure):
 
 @torch.no_grad()
 def draw_triangles(figure):
-    """Row t: the weights of positions 0 to t. Attention is the mean over heads and 64 texts of
-    val.bin."""
+    """Draws what a mixer's layers learn, and where GPT-2 attends, as a mean over heads and 64 texts
+    of val.bin. Row t: the weights of positions 0 to t."""
     train_all(FOLDER, [("mixer, 3 layers",), ("gpt2, 3 layers",)], RUNS.get)
-    mixer = load("mixer, 3 layers")
-    model = load("gpt2, 3 layers")
+    mixer, model = load("mixer, 3 layers"), load("gpt2, 3 layers")
     attention = []
 
     def attend(layer, x, qkv):  # from queries, keys and values, (B, T, 3 C), of 4 heads

@@ -22,13 +22,8 @@ from train import ROOT
 
 # Colours that are legible on white and on black. A model has the same one in every picture.
 GREY = "#808080"
-COLORS = {
-    "gpt2": "#3a86d6",
-    "mixer": "#d2691e",
-    "progressive": "#a960c4",
-    "conv_attention": "#2e9e5b",
-    "scratch_former": "#dd4477",
-}
+COLORS = {"gpt2": "#3a86d6", "mixer": "#d2691e", "progressive": "#a960c4"}
+COLORS |= {"conv_attention": "#2e9e5b", "scratch_former": "#dd4477"}
 RUNNING = set()  # processes that train
 
 
@@ -59,10 +54,9 @@ def copy_code(folder):
 
 
 def train(folder, name, command, begin=None, start=True):
-    """Trains on one thread in FOLDER/NAME, with FOLDER/code. It resumes what was interrupted, does
-    nothing if it is complete, and goes on from the run `begin` of the same folder, if there is one.
-    Returns what the training printed, and the rows of its log. A loss that is not finite counts as
-    infinite. Raises ChildProcessError if it fails, or if it must not `start`."""
+    """Trains on one thread in FOLDER/NAME with FOLDER/code, unless that is complete. It resumes, or
+    goes on from the run `begin`. Returns what was printed, and the rows of the log. A loss that is
+    not finite counts as infinite. Raises ChildProcessError if it fails, or must not `start`."""
     out = ROOT / folder / slug(name)
     printed = out / "printed.txt"
     if not printed.exists():
@@ -78,8 +72,8 @@ def train(folder, name, command, begin=None, start=True):
         words += ["--resume"] * (out / "ckpt.pt").exists()
         pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         pipes["start_new_session"] = True  # Ctrl-C reaches this program alone
-        one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
-        child = subprocess.Popen(words, cwd=ROOT, env=one_thread, **pipes)
+        env = os.environ | {"OMP_NUM_THREADS": "1"}
+        child = subprocess.Popen(words, cwd=ROOT, env=env, **pipes)
         RUNNING.add(child)
         said, error = child.communicate()
         RUNNING.remove(child)
@@ -93,9 +87,8 @@ def train(folder, name, command, begin=None, start=True):
 
 
 def final(run, unit):
-    """The number before `unit` in the line that is of all of val, the last that has it."""
-    lines = [line for line in run[0].splitlines() if f" {unit}" in line]
-    return float(lines[-1].split(f" {unit}")[0].split()[-1])
+    """The last number before `unit`, in the line that is of all of val."""
+    return float(run[0].rpartition(f" {unit}")[0].split()[-1])
 
 
 def side_by_side(function, items):
@@ -117,7 +110,6 @@ def train_all(folder, settings, command):
     """{setting: what train returns} of the trainings command(*setting), side by side. A setting is
     a tuple, which gives the training its folder, too."""
     copy_code(folder)
-    settings = [*settings]
     runs = side_by_side(lambda one: train(folder, slug(*one), command(*one)), settings)
     return dict(zip(settings, runs))
 
@@ -142,25 +134,21 @@ def mean_and_error(values):
     return statistics.mean(values), deviation / len(values) ** 0.5
 
 
+def table(titles, *rows):
+    """A table in Markdown."""
+    rows = titles, ["---"] * len(titles), *rows
+    return "\n".join(f"| {' | '.join(map(str, row))} |" for row in rows)
+
+
 def fill_page(name, folder, measured, commands, tables):
     """Fills in results/NAME: the line that begins with "Measured", the block of commands, and the
     tables, each a list of rows, titles first. Other text stays. Writes FOLDER/NAME, and prints."""
-    tables = iter(tables)
-    lines = []
-    before = ""
-    for line in (ROOT / "results" / name).read_text(encoding="utf-8").splitlines():
-        if line.startswith("Measured"):
-            lines.append(f"Measured: {measured}")
-        elif line.startswith("|") and not before.startswith("|"):
-            titles, *rows = next(tables)
-            for row in titles, ["---"] * len(titles), *rows:
-                lines.append(f"| {' | '.join(map(str, row))} |")
-        elif line.startswith("    python") and not before.startswith("    python"):
-            lines += [f"    python {command}" for command in commands]
-        elif not line.startswith(("|", "    python")):
-            lines.append(line)
-        before = line
-    text = "\n".join(lines) + "\n"
+    text = (ROOT / "results" / name).read_text(encoding="utf-8")
+    lines = "".join(f"    python {command}\n" for command in commands)
+    found = iter(tables)
+    text = re.sub("^Measured.*", lambda _: f"Measured: {measured}", text, flags=re.M)
+    text = re.sub("(^    python.*\n)+", lambda _: lines, text, flags=re.M)
+    text = re.sub(r"(^\|.*\n)+", lambda _: table(*next(found)) + "\n", text, flags=re.M)
     (ROOT / folder / name).write_text(text, encoding="utf-8")
     print(text)
 
@@ -190,8 +178,7 @@ def picture(path, size, draw):
 def curve(axis, points, name, **style):
     """Draws a line through points (x, y), its name at its end. `name` begins with that of a model,
     whose colour it has, or has a colour in `style`. Returns the colour."""
-    marker = "." if len(points) == 1 else ""
-    style = {"color": COLORS.get(name.split(",")[0]), "marker": marker} | style
+    style = {"color": COLORS.get(name.split(",")[0]), "marker": "." * (len(points) == 1)} | style
     color = axis.plot(*zip(*points), **style)[0].get_color()
     place = dict(xytext=(4, 0), textcoords="offset points", va="center", gid="name")
     axis.annotate(name, points[-1], color=color, **place)
@@ -207,22 +194,20 @@ def level(axis, y, name, x=0.0):
 
 def plot(folders):
     """Validation loss over tokens and over time, from the log.csv of each folder."""
-    evaluations = {}
+    found = {}
     for folder in folders:
-        rows = [row for row in log(folder) if row["val_loss"] is not None]
-        if rows:
-            evaluations[folder.removeprefix("out/")] = rows
-        else:
+        found[folder] = [row for row in log(folder) if row["val_loss"] is not None]
+        if not found[folder]:
             print(f"{folder}: no evaluation yet, not drawn")
-    if not evaluations:
+    if not any(found.values()):
         sys.exit("No run has an evaluation yet")
 
     def draw(figure):
         units = [("tokens", 1e6, "tokens, millions"), ("seconds", 60, "minutes of training")]
         for axis, (column, unit, label) in zip(figure.subplots(1, 2, sharey=True), units):
-            for i, (name, rows) in enumerate(evaluations.items()):
-                points = [(row[column] / unit, row["val_loss"]) for row in rows]
-                curve(axis, points, name, color=f"C{i}")
+            for i, folder in enumerate(folder for folder in found if found[folder]):
+                points = [(row[column] / unit, row["val_loss"]) for row in found[folder]]
+                curve(axis, points, folder.removeprefix("out/"), color=f"C{i}")
             axis.set(xlabel=label, ylabel="validation loss, nats per token (lower is better)")
 
     picture("out/plot.svg", (13, 4), draw)

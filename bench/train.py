@@ -13,7 +13,6 @@ import argparse
 import importlib
 import os
 import platform
-import re
 import shlex
 import statistics
 import subprocess
@@ -60,9 +59,9 @@ def machine(device="cpu"):
 
 
 def flops_per_token(model, idx, targets):
-    """What training on a token costs, in FLOPs: three times the matrix products of a forward pass,
-    since a backward pass has two for each. For GPT-2 of N parameters without the positions, L
-    layers and H heads of size Q this is 6 N + 12 L H Q T, as nanoGPT counts. idx (1, T)."""
+    """What training on a token costs, in FLOPs: three times the matrix products of a forward pass.
+    idx (1, T). For GPT-2 of N parameters without the positions, L layers, and H heads of size Q
+    this is 6 N + 12 L H Q T, as nanoGPT counts."""
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(idx, targets)
     return 3 * counter.get_total_flops() / idx.numel()
@@ -87,6 +86,15 @@ def prepare(command):
         shell(command)
 
 
+def replace(source, changes, name):
+    """`source` with each pair's first text, which must be there once, replaced by its second."""
+    for old, new in changes:
+        if source.count(old) != 1:
+            sys.exit(f"{name}: the file has {source.count(old)} times: {old}")
+        source = source.replace(old, new)
+    return source
+
+
 def take_turns(file, *options):
     """Trains in this process: three steps, then as many as each line of stdin says. Prints each
     time tokens/s, the bytes that it held at most, and the FLOPs of a token."""
@@ -96,10 +104,7 @@ def take_turns(file, *options):
     module = importlib.import_module(Path(file).stem)
     ours = hasattr(module, "parse")
     main_file = module if ours else importlib.import_module("gpt2")
-    text = " ".join(options)
-    if not hasattr(main_file.Config, "n_head"):  # mixer.py has none
-        text = re.sub(r"--n-head \S+", "", text)
-    cfg = main_file.parse(text.split())[0]
+    cfg = main_file.parse(options)[0]
     device, dtype = main_file.choose_device(cfg.device, cfg.dtype)
     cuda = device.type == "cuda"
     torch.optim.AdamW([torch.zeros(1, requires_grad=True)], fused=True)  # imports more
@@ -149,18 +154,17 @@ def race(commands, turns, steps, peak=None):
     for command, process in zip(commands, processes):
         if not process.stdout.readline():  # the first steps do not count
             sys.exit(f"this contestant failed: {command}")
-    speeds = [[] for _ in commands]
-    memory = [0.0 for _ in commands]
-    flops = [0.0 for _ in commands]
+    found = [[] for _ in commands]  # what each turn printed
     for _ in range(turns):
-        for i, process in enumerate(processes):
+        for process, lines in zip(processes, found):
             print(steps, file=process.stdin, flush=True)
-            speed, memory[i], flops[i] = map(float, process.stdout.readline().split())
-            speeds[i].append(speed)
+            lines.append([float(word) for word in process.stdout.readline().split()])
     for process in processes:
         process.communicate()  # it ends
 
-    medians = [statistics.median(found) for found in speeds]
+    speeds = [[line[0] for line in lines] for lines in found]
+    medians = [statistics.median(its_speeds) for its_speeds in speeds]
+    _, memory, flops = zip(*(lines[-1] for lines in found))
     for command, median, held, cost in zip(commands, medians, memory, flops):
         print(f"{command}: {median:,.0f} tokens/s, {held / 1e6:,.0f} MB")
         if peak:

@@ -20,8 +20,7 @@ import train
 PAGES = {"ablations": "gpt2", "march": "scratch_former"}
 ROWS = []  # (model file, row) of both pages
 for page, model_file in PAGES.items():
-    lines = (ROOT / f"results/{page}.md").read_text(encoding="utf-8").splitlines()
-    ROWS += [(model_file, row) for row in map(ablate.read_row, lines) if row]
+    ROWS += [(model_file, row) for _, *table in ablate.read_tables(page) for row in table]
 
 
 def test_the_price_of_every_line_has_some_thirty_rows():
@@ -33,8 +32,9 @@ def test_each_row_is_found_in_the_model_file_and_the_result_learns(
     name, row, tmp_path, monkeypatch
 ):
     source = (ROOT / f"{name}.py").read_text(encoding="utf-8")
-    text = ablate.change(source, row)
-    assert (text != source) == bool(row[1])
+    changes, options = ablate.read_row(*row[1:4])
+    text = train.replace(source, changes, row[0])
+    assert (text != source) == bool(changes)
     path = tmp_path / f"{name}.py"
     path.write_text(text, encoding="utf-8")
     spec = importlib.util.spec_from_file_location("changed", path)
@@ -43,7 +43,7 @@ def test_each_row_is_found_in_the_model_file_and_the_result_learns(
     spec.loader.exec_module(module)
 
     _, _, command, *_ = ablate.EXPERIMENTS["full" if name == "gpt2" else "march"]
-    options = f"{command.split(' ', 1)[1]} {row[3]} --dtype float32 --vocab-size 64".split()
+    options = f"{command.split(' ', 1)[1]} {options} --dtype float32 --vocab-size 64".split()
     torch.manual_seed(0)
     cfg = module.parse(options)[0]
     model = module.Model(cfg)
@@ -64,7 +64,7 @@ def test_each_row_is_found_in_the_model_file_and_the_result_learns(
 def test_a_line_that_gpt2_no_longer_has_is_named():
     for text in ("no such line", "import"):  # none, and too many
         with pytest.raises(SystemExit, match=f"a row: .* times: {text}"):
-            ablate.change((ROOT / "gpt2.py").read_text(), ("a row", [text], ["x"], "", ""))
+            train.replace((ROOT / "gpt2.py").read_text(), [(text, "x")], "a row")
 
 
 def test_all_models_have_four_layers_and_as_many_parameters_within_five_percent():
