@@ -3,28 +3,29 @@
 import functools
 import io
 import re
+import shlex
 import subprocess
+import sys
 from contextlib import redirect_stdout, suppress
 
 import pytest
 import torch
 from conftest import ROOT, load, train
 
+sys.path.insert(0, str(ROOT / "bench"))
+import exercises
+
 PAGES = [ROOT / "README.md", *sorted((ROOT / "results").glob("*.md"))]
 
 
-def test_make_prints_help():
-    command = ["make", "-s"]
-    text = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+def test_make_prints_help_and_demo_passes_its_prompt_whole():
+    pipes = dict(cwd=ROOT, capture_output=True, text=True, check=True)
+    text = subprocess.run(["make", "-s"], **pipes).stdout
     for target in ("demo", "data", "train", "test", "lint", "clean"):
         assert f"make {target}" in text
-
-
-def test_make_demo_passes_its_prompt_whole():
     command = ["make", "-s", "-o", ".venv/installed", "demo"]
     command += ["PY=printf '%s\\n'", 'PROMPT=it\'s a "q" (x']
-    said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    assert 'it\'s a "q" (x' in said.splitlines()
+    assert 'it\'s a "q" (x' in subprocess.run(command, **pipes).stdout.splitlines()
 
 
 @functools.cache
@@ -50,13 +51,27 @@ def test_options_exist_and_links_resolve(page):
         assert link.startswith("https://") or (page.parent / link).exists(), link
 
 
-def test_readme_is_a_first_page():
-    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
-    assert len(lines) <= 220
+def test_what_an_exercise_changes_is_there_once_and_what_it_runs_exists():
+    page = (ROOT / "results/exercises.md").read_text(encoding="utf-8")
+    found = exercises.exercises(page)
+    assert [number for number, *_ in found] == [*range(1, 18)]
+    made = set()  # folders of trainings
+    for number, file, changes, commands in found:
+        assert commands and bool(file) == bool(changes), number
+        if file:
+            source = (ROOT / file).read_text(encoding="utf-8")
+            compile(exercises.replace(source, changes, f"exercise {number}"), file, "exec")
+        for script, *words in map(shlex.split, commands):
+            assert (ROOT / script).exists(), script
+            if "--out" in words:
+                made.add(words[words.index("--out") + 1])
+            if "--ckpt" in words:
+                assert words[words.index("--ckpt") + 1].rpartition("/")[0] in made, words
 
 
-def test_the_diff_in_readme_has_lines_of_the_files():
+def test_readme_is_short_and_its_diff_has_lines_of_the_files():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 220
     block = re.search(r"```diff\n(.*?)```", text, re.DOTALL)[1].splitlines()
     assert 4 <= len(block) <= 15
     for line in block:
