@@ -11,26 +11,21 @@ import tokenize
 import pytest
 from conftest import BANNER, MODEL_FILES, ROOT
 
-OTHERS = [name for name in MODEL_FILES if name != "gpt2"]
-each_other = pytest.mark.parametrize("name", OTHERS)
+# The definitions that may differ from those of the same name in gpt2.py.
+IDEAS = {
+    "mixer": "Config Block Model Cache",
+    "progressive": "Config Attention Model grow",
+    "conv_attention": "Config Model Cache",
+    "scratch_former": "Config Attention MLP Block Model Cache configure_optimizer learning_rate",
+}
+# Code tokens at most: how much is enough.
+BUDGETS = {"gpt2": 5800, "mixer": 5400, "progressive": 6600, "conv_attention": 7100}
+BUDGETS |= {"scratch_former": 7700, "prepare_data": 5300, "sample": 4100}
+each_other = pytest.mark.parametrize("name", [name for name in MODEL_FILES if name != "gpt2"])
 
 
 def source(name):
     return (ROOT / f"{name}.py").read_text(encoding="utf-8")
-
-
-def between(text, first, last):
-    start = text.index(first)
-    return text[start : text.index(last, start)]
-
-
-# --- one file beside gpt2.py
-
-
-@each_other
-def test_training_section_is_the_same_in_every_file(name):
-    ours, gpt2 = (source(n).partition(BANNER)[2] for n in (name, "gpt2"))
-    assert ours == gpt2 and ours.endswith("    main()\n")
 
 
 @pytest.mark.parametrize("name", MODEL_FILES)
@@ -50,63 +45,39 @@ def test_a_diff_with_gpt2_has_few_hunks(name, most):
     assert sum(line[0].isdigit() for line in lines) <= most
 
 
-# The definitions that may differ from those of the same name in gpt2.py.
-IDEAS = {
-    "mixer": "Config Block Model Cache",
-    "progressive": "Config Attention Model grow",
-    "conv_attention": "Config Model Cache",
-    "scratch_former": "Config Attention MLP Block Model Cache configure_optimizer learning_rate",
-}
-
-
 @each_other
-def test_what_is_no_idea_of_a_file_is_the_text_of_gpt2(name):
-    texts = []
-    for text in (source(name), source("gpt2")):
+def test_the_training_section_and_what_is_no_idea_of_a_file_are_the_text_of_gpt2(name):
+    texts, found = (source(name), source("gpt2")), []
+    training, its_training = (text.partition(BANNER)[2] for text in texts)
+    assert training == its_training and training.endswith("    main()\n")
+    for text in texts:
         nodes = [n for n in ast.parse(text).body if isinstance(n, ast.ClassDef | ast.FunctionDef)]
-        texts.append({n.name: ast.get_source_segment(text, n) for n in nodes})
-    ours, gpt2 = texts
+        found.append({n.name: ast.get_source_segment(text, n) for n in nodes})
+    ours, gpt2 = found
     for own in ours.keys() & gpt2.keys() - set(IDEAS[name].split()):
         assert ours[own] == gpt2[own], own
     if name == "progressive":  # its attention has other layers, and nothing else of its own
         plain = re.sub(r"LoRALinear\((.*), cfg\)", r"nn.Linear(\1)", ours["Attention"])
         assert plain == gpt2["Attention"].replace("values of all heads", "values")
-    interface = (
-        "# What every model file has" + source("gpt2").split("# What every model file has")[1]
-    )
-    assert interface.split("\n\n\n")[0] in source(name)
+    interface = re.search(r"# What every model file has.*?(?=\n\n\n)", texts[1], re.S)[0]
+    assert interface in texts[0]
 
 
 @each_other
 def test_imports_and_the_options_of_a_run_are_those_of_gpt2(name):
     """Their comments, too, which are help texts. Defaults may differ."""
-    imports = []
-    for n in (name, "gpt2"):
-        lines = between(source(n), "import argparse", "@dataclass").splitlines()
+    imports, fields = [], []
+    for text in (source(name), source("gpt2")):
+        lines = re.search(r"import argparse.*?@dataclass", text, re.S)[0].splitlines()
         imports.append([line for line in lines if not line.startswith("from ")])
+        options = re.search(r"    data: str.*?\n\n\n", text, re.S)[0].splitlines()
+        pairs = [line.split("  # ") for line in options if line]
+        fields.append({code.split(" = ")[0].strip(): comment for code, comment in pairs})
     assert imports[0] == imports[1]
-    fields = []
-    for n in (name, "gpt2"):
-        text = between(source(n), "    data: str", "\n\n\n")
-        lines = [line.split("  # ") for line in text.splitlines()]
-        fields.append({code.split(" = ")[0].strip(): comment for code, comment in lines})
     ours, gpt2 = fields
     own = {"dropout: float", "learning_rate: float", "warmup_steps: int"}
     assert all(ours[field] == gpt2[field] for field in ours.keys() & gpt2.keys() - own)
     assert gpt2.keys() - ours.keys() <= {"weight_decay: float"}
-
-
-# --- how dense the code is
-
-BUDGETS = {  # code tokens at most: how much is enough
-    "gpt2": 5800,
-    "mixer": 5400,
-    "progressive": 6600,
-    "conv_attention": 7100,
-    "scratch_former": 7700,
-    "prepare_data": 5300,
-    "sample": 4100,
-}
 
 
 def tokens_per_line(text):
@@ -134,7 +105,6 @@ def test_code_is_within_its_budget_and_no_line_is_dense(name):
     assert sum(counts.values()) <= BUDGETS[name]
     assert sum(counts.values()) / len(counts) <= 11
     assert sum(n >= 25 for n in counts.values()) <= 0.06 * len(counts)
-    long = [line for line in text.splitlines() if len(line) > 100]
-    assert long == [] and "# fmt:" not in text
+    assert max(map(len, text.splitlines())) <= 100 and "# fmt:" not in text
     if name in MODEL_FILES:
         assert sum(tokens_per_line(text.partition(BANNER)[2]).values()) <= 3900
