@@ -16,8 +16,8 @@ from queue import Queue
 
 from conftest import BANNER, MODEL_FILES, ROOT
 
-# {(files, test files): [(old text, new text, pytest's -k)]}. "training" is the training section, and
-# "networks" what stands above it, in every model file that has the old text.
+# {(files, test files): [(old text, new text, -k of pytest)]}. "training" is the training section,
+# and "networks" what stands above it, in every model file that has the old text.
 MUTANTS = {
     ("training", "test_training.py test_gpt2.py"): [
         ('get_batch(splits["train"], length', 'get_batch(splits["val"], length', "batches_are"),
