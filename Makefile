@@ -21,11 +21,11 @@ help:
 	@echo 'make train MODEL=gpt2 ARGS=...  train a model file, with --preset demo or ARGS: ARGS="--preset report --device cuda"'
 	@echo 'make compare                    all models on the same tokens, three seeds: results/compare.md; SCALE=quick'
 	@echo 'make plot RUNS="out/a out/b"    validation loss of your own runs, over tokens and over time: out/plot.svg'
-	@echo 'make ablate                     what each line of gpt2.py is worth: results/ablations.md; 90 minutes; SCALE=quick'
+	@echo 'make ablate                     what each line of gpt2.py is worth: results/ablations.md; three hours; SCALE=quick'
 	@echo "make march                      MARCH's encoder-decoders at equal parameters: results/march.md; two hours"
 	@echo 'make bench NANOGPT=DIR          speed beside nanoGPT (DIR is a clone of it) and transformers'
 	@echo 'make test                       run the tests; TORCH=2.14.1: with that torch, in .venv-2.14.1'
-	@echo 'make mutants                    plant some seventy faults, one after the other: which does no test notice?'
+	@echo 'make mutants                    plant 65 faults, one after the other: which does no test notice?'
 	@echo 'make soak                       run the long tests: killed runs'
 	@echo 'make lint                       check the code with ruff'
 	@echo 'make clean                      remove .venv, .venv-* and caches, but not data/ and out/'

@@ -1,12 +1,12 @@
 """What is a line worth? A model is trained with a line replaced, or with other options.
 
-    make ablate                gpt2.py: results/ablations.md; an hour and a half on two cores
+    make ablate                gpt2.py: results/ablations.md; three hours on two cores
     make ablate SCALE=quick    a tenth of it with one seed, to see that it works: into out/
     make march                 the encoder-decoders of MARCH: results/march.md
 
-The tables of these pages say what is done: a name; texts that the model file has; what stands there
-instead, and options, which begin with "--"; a remark. This program trains each row, fills in the
-other cells, and draws the first table. A change is that against a table's first row. It resumes.
+The tables of these pages say what is done: a name; texts of the model file; what stands there
+instead, and options ("--..."); a remark. This program trains each row, fills in the other cells,
+compares them with the table's first row, and draws the first table. It resumes.
 """
 
 import math
@@ -86,7 +86,8 @@ def measure(found, base, unit):
     rates, best, trained = found
     mean, its_error = runs.mean_and_error([runs.final(run, unit) for run in trained])
     base_mean, base_error = runs.mean_and_error([runs.final(run, unit) for run in base[2]])
-    delta, error = mean - base_mean, math.hypot(its_error, base_error)
+    delta = mean - base_mean
+    error = math.hypot(its_error, base_error)
     note = ", no effect at this size" if abs(delta) <= 2 * error else ""
     n_params = trained[0][0].split()[0]  # the first word that a training prints
     ms = min(1000 * rows[-1]["seconds"] / rows[-1]["step"] for _, rows in trained)
@@ -123,7 +124,8 @@ def main(scale="full"):
     tables = read_tables(page)
     found = train_rows([row for _, *rows in tables for row in rows], scale, folder)
 
-    changes, theirs = {}, {}  # in the first table
+    changes = {}  # of the first table
+    theirs = {}
     for titles, base, *rows in tables:
         for row in base, *rows:
             name, *_, remark = row

@@ -68,8 +68,8 @@ def main(numbers):
         end = page.index("```", begin + 3)
         page = f"{page[:begin]}```text\n{printed}\n{page[end:]}"
     if not numbers:
-        minutes = (time.perf_counter() - start) / 60
-        measured = f"Measured: {minutes:.0f} minutes in all, {machine()}."
+        seconds = time.perf_counter() - start
+        measured = f"Measured: {seconds / 60:.0f} minutes in all, {machine()}."
         page = re.sub("^Measured: .*", measured, page, count=1, flags=re.M)
     PAGE.write_text(page, encoding="utf-8")
 

@@ -1,8 +1,6 @@
-"""Five pictures in results/, each by a function of its own, which says what it shows.
+"""Five pictures in results/, of small networks that are trained first. It resumes.
 
     python bench/pictures.py switch recall    these two; without names, all of them
-
-Small networks are trained first. It resumes.
 """
 
 import json

@@ -87,8 +87,9 @@ def train(folder, name, command, begin=None, start=True):
 
 
 def final(run, unit):
-    """The last number before `unit`, in the line that is of all of val."""
-    return float(run[0].rpartition(f" {unit}")[0].split()[-1])
+    """The last number before `unit`, in the line that is of all of val; infinite if not finite."""
+    value = float(run[0].rpartition(f" {unit}")[0].split()[-1])
+    return value if math.isfinite(value) else math.inf
 
 
 def side_by_side(function, items):
@@ -178,7 +179,8 @@ def picture(path, size, draw):
 def curve(axis, points, name, **style):
     """Draws a line through points (x, y), its name at its end. `name` begins with that of a model,
     whose colour it has, or has a colour in `style`. Returns the colour."""
-    style = {"color": COLORS.get(name.split(",")[0]), "marker": "." * (len(points) == 1)} | style
+    marker = "." if len(points) == 1 else ""
+    style = {"color": COLORS.get(name.split(",")[0]), "marker": marker} | style
     color = axis.plot(*zip(*points), **style)[0].get_color()
     place = dict(xytext=(4, 0), textcoords="offset points", va="center", gid="name")
     axis.annotate(name, points[-1], color=color, **place)

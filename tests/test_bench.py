@@ -103,6 +103,7 @@ def test_what_is_complete_is_not_trained_again_and_a_failure_is_told(data, tmp_p
 
     found = runs.train_all(tmp_path, [("gpt2", 1e-3), ("gpt2", 1e30)], command)
     assert runs.final(found["gpt2", 1e30], "bits per byte") == math.inf  # it diverged
+    assert runs.final(("all of val: nan nats per token", []), "nats per token") == math.inf
     (tmp_path / "code/gpt2.py").write_text("raise SystemExit(1)")
     assert runs.train_all(tmp_path, [("gpt2", 1e-3)], command)["gpt2", 1e-3] == found["gpt2", 1e-3]
     with pytest.raises(SystemExit, match=r"gpt2.py .*: stopped"):
