@@ -32,8 +32,7 @@ EXPERIMENTS = {  # page, data, command, steps, learning rates to begin with, see
 
 
 def read_tables(page):
-    """The tables of results/PAGE.md, each a list of rows: first the titles, then the first four
-    cells of each row."""
+    """The tables of results/PAGE.md: each a list of the titles and the rows' first four cells."""
     text = (ROOT / f"results/{page}.md").read_text(encoding="utf-8")
     tables = []
     for block in re.findall(r"(?:^\|.*\n)+", text, re.M):

@@ -1,6 +1,6 @@
 """Five pictures in results/, of small networks that are trained first. It resumes.
 
-    python bench/pictures.py switch recall    these two; without names, all of them
+python bench/pictures.py switch recall    these two; without names, all of them
 """
 
 import json
