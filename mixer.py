@@ -240,8 +240,8 @@ class Cache:
     """
 
     def __init__(self, model, batch_size):
-        nothing = model.wte.weight.new_empty(batch_size, 0, model.cfg.n_embd)  # (B, S, C), S = 0
-        self.x = [nothing] * model.cfg.n_layer
+        empty = model.wte.weight.new_empty(batch_size, 0, model.cfg.n_embd)  # (B, S, C), S = 0
+        self.x = [empty] * model.cfg.n_layer
         self.length = 0  # S, the same in all layers
 
     def select(self, rows):
