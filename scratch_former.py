@@ -528,7 +528,7 @@ class Model(nn.Module):
             x, self.lm_head.weight, answers, self.n_logits, self.lm_head.bias
         )
         if self.training and cfg.label_smoothing:
-            loss = loss + cfg.label_smoothing * self.smoothing(x, answers)
+            loss += cfg.label_smoothing * self.smoothing(x, answers)
         return loss
 
     def encode(self, source):
@@ -563,11 +563,12 @@ class Model(nn.Module):
         """
         weight = self.lm_head.weight[: self.n_logits]
         bias = self.lm_head.bias[: self.n_logits]
-        w = weight[answers] - weight.mean(0)  # (B, T, C)
-        b = bias[answers] - bias.mean()  # (B, T)
-        difference = (x * w).sum(-1) + b  # no matrix product, so autocast computes it in float32
-        counts = answers >= 0
-        return (difference * counts).sum() / counts.sum()
+        y = answers[answers >= 0]  # (N): of the N positions that count
+        # Not weight[y] and bias[y]: on several threads, their gradients change from run to run.
+        w = F.embedding(y, weight) - weight.mean(0)  # (N, C)
+        # No matrix product, so autocast computes the difference in float32: (N).
+        difference = (x[answers >= 0] * w).sum(-1) + bias.gather(0, y) - bias.mean()
+        return difference.mean()
 
     def new_cache(self, batch_size):
         return Cache(self, batch_size)

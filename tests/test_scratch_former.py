@@ -276,6 +276,20 @@ def test_the_loss_and_its_gradients_are_those_of_smoothed_cross_entropy(smoothin
         assert model.smoothing(x, targets).equal(plain)
 
 
+def test_two_threads_compute_the_same_gradients_again_and_again():
+    """So that a resumed run is the run that never stopped. Few different tokens: sums are long."""
+    model = tiny(vocab_size=4096, block_size=256, n_embd=120, label_smoothing=0.5).float().train()
+    idx = torch.randint(50, (8, 256))
+    torch.set_num_threads(2)
+    gradients = []
+    for _ in range(20):
+        model.zero_grad()
+        model(idx, idx).backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    torch.set_num_threads(1)
+    assert all(g.equal(first) for grads in gradients for g, first in zip(grads, gradients[0]))
+
+
 def test_adam_and_the_learning_rates_are_the_paper_s_and_a_short_run_has_the_same_peak():
     runs = [(0.0, 4000, 10_000, 4000), (0.0, 4000, 100, 50), (3e-3, 4000, 1, 1), (3e-3, 0, 9, 1)]
     for given, warmup, max_steps, top in runs:
