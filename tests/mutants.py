@@ -1,6 +1,6 @@
 """Faults that the tests must notice: each is planted alone in a copy of the repository.
 
-    python tests/mutants.py            all of them, two at a time: make mutants; ten minutes
+    python tests/mutants.py            all of them, two at a time: make mutants; four minutes
     python tests/mutants.py sample     those whose file or text has this word
 
 The exit code is 1 if a mutant survives, or its old text is no longer there exactly once."""
