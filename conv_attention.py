@@ -979,6 +979,10 @@ def train(cfg, options, ckpt):
             val_text = ""
             if evaluating and "val" in splits:
                 val = evaluate(compiled, splits["val"][: cfg.eval_tokens], cfg.eot, amp)
+                if math.isnan(val):
+                    raise UserError(
+                        f"step {step}: validation loss {val}. {out}/ckpt.pt is from before it"
+                    )
                 val_text = f", validation loss {val:.4f}"
                 if model.likelihood:
                     val_bits = bits_per_byte(val, meta["splits"]["val"])
@@ -998,7 +1002,7 @@ def train(cfg, options, ckpt):
                 )
                 cells = (step, tokens, loss, val or "", val_bits or "", lr, norm, speed, seconds)
                 print(*cells, sep=",", file=log)
-            if (evaluating or stopped) and (val is None or math.isfinite(val)):
+            if evaluating or stopped:
                 save("ckpt.pt")
 
     if not options.eval_only:
@@ -1008,8 +1012,8 @@ def train(cfg, options, ckpt):
             name = "best.pt"
             print0(f"best: {best:.4f}, {out / name}")
         print0(
-            f"{step:,} steps, {seconds:.0f} s; --resume continues, also to other --max-steps. "
-            f"Try python sample.py --ckpt '{out / name}'"
+            f"{step:,} steps, {seconds:.0f} s. --resume continues; with --max-steps N, the learning "
+            f"rate is that of a run of N steps. Try python sample.py --ckpt '{out / name}'"
         )
 
     # At the end, a whole split is evaluated, not only its first eval_tokens.

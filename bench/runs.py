@@ -77,7 +77,7 @@ def train(folder, name, command, begin=None, start=True):
         RUNNING.add(child)
         said, error = child.communicate()
         RUNNING.remove(child)
-        if child.returncode == 1 and ": loss " in error:  # it is not finite
+        if child.returncode == 1 and " loss " in error:  # it is not finite
             said += f"{error.strip()}: inf nats per token, inf bits per byte\n"
         elif child.returncode:
             raise ChildProcessError(f"{' '.join(words)}: stopped. {error[-2000:].strip()}")
