@@ -5,21 +5,11 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from test_models import small
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import gpt2
-
-
-def random_model(seed=0, **config):
-    """A small network in eval mode. Weights, biases and norms are so large that each matters."""
-    torch.manual_seed(seed)
-    config = dict(vocab_size=50, block_size=32, n_layer=2, n_head=4, n_embd=32) | config
-    model = gpt2.Model(gpt2.Config(**config))
-    with torch.no_grad():
-        for p in model.parameters():
-            p += 0.2 * torch.randn(p.shape)
-    return model.eval()
 
 
 def as_hugging_face(model):
@@ -41,9 +31,8 @@ def as_hugging_face(model):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("config", [{}, dict(vocab_size=127, block_size=16, n_head=3, n_embd=24)])
-def test_logits_equal_hugging_face(config):
-    model = random_model(**config).double()
+def test_logits_equal_hugging_face():
+    model = small("gpt2", vocab_size=127, block_size=32, n_layer=2, n_head=3).double()
     idx = torch.randint(model.cfg.vocab_size, (3, model.cfg.block_size))
     ours, theirs = model(idx), as_hugging_face(model)(idx).logits
     assert ours.shape == (*idx.shape, model.cfg.vocab_size) and theirs.std() > 0.5
@@ -65,7 +54,7 @@ def test_presets_have_the_published_number_of_parameters():
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("S, T", [(1, 1), (16, 16), (16, 15), (16, 5), (16, 1)])
 def test_attention_is_the_plain_formula(S, T, training, dtype, tolerance):
-    model = random_model().double().train(training)
+    model = small("gpt2", n_layer=1, n_head=4, n_embd=32).double().train(training)
     attn, x = model.h[0].attn, torch.randn(2, S, 32, dtype=torch.float64)
     q, k, v = (part.view(2, S, 4, 8).transpose(1, 2) for part in attn.c_attn(x).chunk(3, dim=-1))
     weights = q[:, :, S - T :] @ k.transpose(-2, -1) / math.sqrt(8)  # (B, nh, T, S)
