@@ -12,7 +12,6 @@ import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from queue import Queue
 
 from conftest import BANNER, MODEL_FILES, ROOT
 
@@ -103,61 +102,47 @@ MUTANTS = {
 }
 
 
-def find(folder, files, old, new):
-    """{file: (its text, the text with the fault)}, or {} if old is not there once."""
-    found = {}
-    names = MODEL_FILES if files in ("training", "networks") else [files.removesuffix(".py")]
-    for path in (folder / f"{name}.py" for name in names):
-        text = part = path.read_text(encoding="utf-8")
-        if files in ("training", "networks"):
-            part = text.partition(BANNER)[2 if files == "training" else 0]
-        if part.count(old) == 1:
-            found[path] = text, text.replace(part, part.replace(old, new))
-        elif old in part or files != "networks":
-            return {}
-    return found
+def plant(folder, files, old, new):
+    """Writes a fault to a copy of the repository. Returns whether the old text was there once."""
+    counts = []
+    for name in [files] if files.endswith(".py") else [f"{name}.py" for name in MODEL_FILES]:
+        text = (folder / name).read_text(encoding="utf-8")
+        above, _, below = text.partition(BANNER)
+        part = {"networks": above, "training": below}.get(files, text)
+        counts.append(part.count(old))
+        text = text.replace(part, part.replace(old, new))
+        (folder / name).write_text(text, encoding="utf-8")
+    return max(counts) == 1 and (min(counts) == 1 or files == "networks")
 
 
-def tests_pass(folder, test_files, keyword):
-    """Runs the tests until one fails. From 3 on, exit codes of pytest are mistakes of this file."""
-    command = [sys.executable, *"-m pytest -x -q -p no:cacheprovider".split(), "-k", keyword]
-    env = os.environ | dict(PYTHONDONTWRITEBYTECODE="1", OMP_NUM_THREADS="1")
-    where = dict(cwd=folder / "tests", env=env)
-    done = subprocess.run([*command, *test_files.split()], **where, capture_output=True, text=True)
-    assert done.returncode < 3, f"{test_files} -k '{keyword}': {done.stdout}{done.stderr}"
-    return done.returncode == 0
-
-
-def attempt(folders, test_files, keyword, *mutant):
+def attempt(test_files, keyword, *mutant):
     """What became of a mutant or, without one, whether the tests pass."""
-    folder = folders.get()  # a copy that is free
-    try:
-        found = find(folder, *mutant) if mutant else {}
-        if mutant and not found:
+    with tempfile.TemporaryDirectory() as parent:
+        ignored = shutil.ignore_patterns(".*", "data", "out", "__pycache__")
+        folder = Path(shutil.copytree(ROOT, f"{parent}/copy", ignore=ignored))
+        if mutant and not plant(folder, *mutant):
             return "GONE"
-        for path, (_, text) in found.items():
-            path.write_text(text, encoding="utf-8")
-        passed = tests_pass(folder, test_files, keyword)
-        for path, (text, _) in found.items():
-            path.write_text(text, encoding="utf-8")
-        return ("noticed", "SURVIVED")[passed] if mutant else ("FAIL", "pass")[passed]
-    finally:
-        folders.put(folder)
+        command = [sys.executable, *"-m pytest -x -q -p no:cacheprovider".split(), "-k", keyword]
+        env = os.environ | dict(PYTHONDONTWRITEBYTECODE="1", OMP_NUM_THREADS="1")
+        run = dict(cwd=folder / "tests", env=env, capture_output=True, text=True)
+        done = subprocess.run([*command, *test_files.split()], **run)
+    # From 3 on, exit codes of pytest are mistakes of this file.
+    assert done.returncode < 3, f"{test_files} -k '{keyword}': {done.stdout}{done.stderr}"
+    if mutant:
+        return "noticed" if done.returncode else "SURVIVED"
+    return "FAIL" if done.returncode else "pass"
 
 
 def main():
     word = " ".join(sys.argv[1:])
-    folders, jobs, results = Queue(), [], []
+    jobs, results = [], []
     for (files, test_files), mutants in MUTANTS.items():
         chosen = [m for m in mutants if word in f"{files} {m[0]} {m[1]}"]
         if chosen:  # first without a mutant
             jobs.append((test_files, " or ".join({keyword for *_, keyword in chosen})))
         jobs += [(test_files, keyword, files, old, new) for old, new, keyword in chosen]
-    with tempfile.TemporaryDirectory() as parent, ThreadPoolExecutor(2) as pool:
-        for i in "12":
-            ignored = shutil.ignore_patterns(".*", "data", "out", "__pycache__")
-            folders.put(Path(shutil.copytree(ROOT, f"{parent}/{i}", ignore=ignored)))
-        for job, result in zip(jobs, pool.map(lambda job: attempt(folders, *job), jobs)):
+    with ThreadPoolExecutor(2) as pool:
+        for job, result in zip(jobs, pool.map(lambda job: attempt(*job), jobs)):
             print(f"{result:9}", *map(repr, job[2:] or job), flush=True)
             results.append(result)
     bad = sum(result.isupper() for result in results)
