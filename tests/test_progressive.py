@@ -3,6 +3,7 @@
 import copy
 import re
 from collections import defaultdict
+from contextlib import suppress
 
 import pytest
 import torch
@@ -37,17 +38,14 @@ def frozen(model):
 
 @each_rank
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_an_export_computes_the_same_in_gpt2_and_gradients_of_a_block_are_sums_over_its_layers(
-    stage, rank, data, tmp_path
-):
+def test_an_export_has_equal_logits_and_gradients_are_sums_over_layers(stage, rank, data, tmp_path):
     path = tmp_path / "new" / "gpt2.pt"
     model = tiny(data, rank, stage=stage, export=str(path))
     progressive.export(model, model.cfg)
     plain, tokenizer = sample.load(path)
     assert type(plain) is gpt2.Model
     assert tokenizer.decode(tokenizer.encode("the model")) == "the model"
-    texts = torch.randint(50, (2, 17))
-    idx, targets = texts[:, :-1], texts[:, 1:]
+    idx, targets = torch.randint(50, (2, 2, 16))
     logits = plain(idx)
     assert logits.std() > 0.5 and torch.equal(model(idx), logits)
 
@@ -62,8 +60,7 @@ def test_an_export_computes_the_same_in_gpt2_and_gradients_of_a_block_are_sums_o
         pairs = [(own[name].grad, expected)]
         if name in frozen(model):
             assert own[name].grad is None
-            layer = name.removesuffix("weight")
-            a, b = own[f"{layer}lora_a"], own[f"{layer}lora_b"]
+            a, b = (own[name.replace("weight", part)] for part in ("lora_a", "lora_b"))
             pairs = [(a.grad, SCALE * b.T @ expected), (b.grad, SCALE * expected @ a.T)]
         for found, wanted in pairs:
             assert (found - wanted).norm() < 1e-4 * wanted.norm(), name
@@ -71,8 +68,7 @@ def test_an_export_computes_the_same_in_gpt2_and_gradients_of_a_block_are_sums_o
 
 def learn(model, optimizer):
     for _ in range(3):  # A has a gradient once B is not zero
-        texts = torch.randint(50, (4, 17))
-        model(texts[:, :-1], texts[:, 1:]).backward()
+        model(*torch.randint(50, (2, 4, 16))).backward()
         optimizer.step()
         optimizer.zero_grad()
 
@@ -128,9 +124,8 @@ def test_a_switch_before_the_first_step_and_none_at_the_fraction_1(data):
 
 
 # Runs of 6 steps, with switches before steps 2 and 4.
-SMALL = """--n-layer 4 --n-embd 24 --n-head 2 --block-size 32 --lora-rank 4 --lora-alpha 8
-           --micro-batch 4 --stages 0.33,0.67 --max-steps 6 --learning-rate 1e-2
-           --eval-interval 1 --eval-tokens 9999""".split()
+SMALL = """--n-layer 4 --lora-rank 4 --lora-alpha 8 --micro-batch 4 --stages 0.33,0.67 --max-steps 6
+           --learning-rate 1e-2 --eval-interval 1 --eval-tokens 9999""".split()
 
 
 @pytest.fixture(scope="module")
@@ -147,25 +142,16 @@ def test_gpt2_gives_an_export_the_loss_at_the_end_of_its_run(whole, capsys):
     assert f"all of val: {loss:.4f} nats" in capsys.readouterr().out
 
 
-def test_a_run_killed_before_at_and_after_each_switch_is_the_run_that_never_stopped(
-    whole, data, tmp_path, monkeypatch
-):
-    """The schedule is asked at each step, after a switch: the run dies there."""
-    options, schedule = argv(data, tmp_path, *SMALL), progressive.learning_rate
-    for stop, stage in ((1, 1), (2, 1), (3, 2), (4, 2), (5, 3)):  # the stage of the checkpoint
-
-        def kill(step, cfg, stop=stop):
-            assert step != stop
-            return schedule(step, cfg)
-
-        monkeypatch.setattr(progressive, "learning_rate", kill)
-        with pytest.raises(AssertionError):
+def test_a_run_killed_around_switches_is_one_that_never_stopped(whole, data, tmp_path, monkeypatch):
+    """The schedule is asked at each step, after a switch: there the run dies of a division by 0."""
+    options, rate = argv(data, tmp_path, *SMALL), progressive.learning_rate
+    monkeypatch.setattr(progressive, "learning_rate", lambda n, cfg: rate(n, cfg) / (n != stop))
+    for stop, stage in ((1, 1), (2, 1), (3, 2), (4, 2), (5, 3), (6, 3)):  # after 6 it is complete
+        with suppress(ZeroDivisionError):
             progressive.main(options)
         saved = torch.load(tmp_path / "ckpt.pt", weights_only=True)
         assert (saved["step"], saved["config"]["stage"]) == (stop, stage)
         options = ["--resume", "--out", str(tmp_path)]
-    monkeypatch.setattr(progressive, "learning_rate", schedule)
-    progressive.main(options)
     assert same_rows(rows(tmp_path), rows(whole))
 
 
