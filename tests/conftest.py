@@ -13,7 +13,6 @@ import socket
 import subprocess
 import sys
 import time
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -85,19 +84,9 @@ def run(*args, expect=0):
     """Runs `python ARGS...` in the repository, as a user does; returns its stdout, or stderr if it
     should fail."""
     command = [sys.executable, *map(str, args)]
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    child = subprocess.Popen(command, cwd=ROOT, start_new_session=True, **pipes)
-    try:
-        out, err = child.communicate(timeout=200)
-    except BaseException:
-        child.terminate()  # then torchrun ends its workers, which have sessions of their own
-        with suppress(subprocess.TimeoutExpired):
-            child.wait(45)
-        with suppress(ProcessLookupError):
-            os.killpg(child.pid, signal.SIGKILL)
-        raise
-    assert child.returncode == expect, out + err
-    return err if expect else out
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert done.returncode == expect, done.stdout + done.stderr
+    return done.stderr if expect else done.stdout
 
 
 def in_child(name, options, log, pause, file_limit, env):
