@@ -1,10 +1,9 @@
 """The model files differ where their ideas do and nowhere else, and no line of them is dense."""
 
 import ast
+import difflib
 import io
 import re
-import shutil
-import subprocess
 import sys
 import tokenize
 
@@ -31,18 +30,15 @@ def source(name):
 @pytest.mark.parametrize("name", MODEL_FILES)
 def test_imports_torch_numpy_and_the_standard_library_alone(name):
     nodes = [*ast.walk(ast.parse(source(name)))]
-    imported = {a.name for n in nodes if isinstance(n, ast.Import) for a in n.names}
-    imported |= {n.module for n in nodes if isinstance(n, ast.ImportFrom)}
-    roots = {module.split(".")[0] for module in imported}
-    assert roots <= set(sys.stdlib_module_names) | {"torch", "numpy"}
+    imported = {a.name.split(".")[0] for n in nodes if isinstance(n, ast.Import) for a in n.names}
+    imported |= {n.module.split(".")[0] for n in nodes if isinstance(n, ast.ImportFrom)}
+    assert imported <= set(sys.stdlib_module_names) | {"torch", "numpy"}
 
 
-@pytest.mark.skipif(shutil.which("diff") is None, reason="needs diff")
-@pytest.mark.parametrize("name, most", [("mixer", 20), ("progressive", 15), ("conv_attention", 20)])
+@pytest.mark.parametrize("name, most", [("mixer", 17), ("progressive", 14), ("conv_attention", 18)])
 def test_a_diff_with_gpt2_has_few_hunks(name, most):
-    command = ["diff", "gpt2.py", f"{name}.py"]
-    lines = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.splitlines()
-    assert sum(line[0].isdigit() for line in lines) <= most
+    diff = difflib.unified_diff(source("gpt2").splitlines(), source(name).splitlines(), n=0)
+    assert sum(line.startswith("@@") for line in diff) <= most
 
 
 @each_other
@@ -83,7 +79,6 @@ def test_imports_and_the_options_of_a_run_are_those_of_gpt2(name):
 def tokens_per_line(text):
     """{line: tokens of code}. Comments and docstrings are no code; an f-string is one token."""
     counts, statement, inside = {}, [], 0
-    layout = "NL COMMENT INDENT DEDENT ENDMARKER".split()
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
         kind = tokenize.tok_name[token.type]
         if kind == "NEWLINE":
@@ -91,7 +86,7 @@ def tokens_per_line(text):
                 for part in statement:
                     counts[part.start[0]] = counts.get(part.start[0], 0) + 1
             statement = []
-        elif kind not in layout and inside == 0:
+        elif kind not in ("NL", "COMMENT", "INDENT", "DEDENT", "ENDMARKER") and inside == 0:
             statement.append(token)
         inside += (kind == "FSTRING_START") - (kind == "FSTRING_END")  # since Python 3.12
     return counts
@@ -106,5 +101,4 @@ def test_code_is_within_its_budget_and_no_line_is_dense(name):
     assert sum(counts.values()) / len(counts) <= 11
     assert sum(n >= 25 for n in counts.values()) <= 0.06 * len(counts)
     assert max(map(len, text.splitlines())) <= 100 and "# fmt:" not in text
-    if name in MODEL_FILES:
-        assert sum(tokens_per_line(text.partition(BANNER)[2]).values()) <= 3900
+    assert sum(tokens_per_line(text.partition(BANNER)[2]).values()) <= 3900  # training
