@@ -1247,8 +1247,8 @@ def train(cfg, options, ckpt):
             name = "best.pt"
             print0(f"best: {best:.4f}, {out / name}")
         print0(
-            f"{step:,} steps, {seconds:.0f} s. --resume continues; with --max-steps N, the learning "
-            f"rate is that of a run of N steps. Try python sample.py --ckpt '{out / name}'"
+            f"{step:,} steps, {seconds:.0f} s. --resume continues; with --max-steps N, learning "
+            f"rates are those of a run of N steps. Try python sample.py --ckpt '{out / name}'"
         )
 
     # At the end, a whole split is evaluated, not only its first eval_tokens.
