@@ -84,7 +84,8 @@ def test_a_run_is_what_a_plain_loop_in_float32_computes(dtype, clip, tolerance, 
             val, counts = model(text[:, :-1], text[:, 1:]).item(), meta["splits"]["val"]
             row[3:3] = [val, val / math.log(2) * counts["tokens"] / counts["bytes"]]
         expected[step + 1] = row
-    assert column(log, "step") == [1, 3, 5, 6, 8]
+    columns = "step tokens train_loss val_loss val_bits_per_byte lr grad_norm tokens_per_s seconds"
+    assert list(log[0]) == columns.split() and column(log, "step") == [1, 3, 5, 6, 8]
     found = [[float(value) for value in list(row.values())[:-2] if value] for row in log]
     for rel, holds in ((tolerance, True), (1e-4, dtype == "float32")):
         assert all(row == pytest.approx(expected[row[0]], rel=rel) for row in found) == holds
