@@ -43,7 +43,7 @@ def run(command):
     if "--out" in words and "--resume" not in words:  # a training of an earlier run
         shutil.rmtree(FOLDER / words[words.index("--out") + 1], ignore_errors=True)
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    lines = subprocess.run(words, cwd=FOLDER, **pipes).stdout.splitlines()
+    lines = subprocess.run(words, cwd=FOLDER, **pipes).stdout.rstrip().splitlines()
     if "sample.py" not in command:
         lines = [line for line in lines if SHOWN.match(line)]
     print(*lines, sep="\n", flush=True)

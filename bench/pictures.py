@@ -1,6 +1,7 @@
 """Five pictures in results/, of small networks that are trained first. It resumes.
 
-python bench/pictures.py switch recall    these two; without names, all of them
+    python bench/pictures.py switch recall    these two
+Without names, it draws all of them.
 """
 
 import json
@@ -111,7 +112,6 @@ def draw_ahead(figure):
     counts = np.bincount(splits["train"], minlength=model.cfg.vocab_size) + 1.0
     p = torch.from_numpy(counts / counts.sum())  # (V)
     windows = torch.from_numpy(splits["val"].astype(np.int64)).unfold(0, 1024, 64)
-
     styles = {
         "token frequencies": dict(color=GREY, ls="--"),
         "mixed with those of 960 tokens": dict(color=GREY, ls=":"),

@@ -31,8 +31,9 @@ def as_hugging_face(model):
 
 
 @torch.no_grad()
-def test_logits_equal_hugging_face():
-    model = small("gpt2", vocab_size=127, block_size=32, n_layer=2, n_head=3).double()
+@pytest.mark.parametrize("sizes", [dict(n_head=4, n_embd=32), dict(vocab_size=127, n_head=3)])
+def test_logits_equal_hugging_face(sizes):
+    model = small("gpt2", block_size=32, n_layer=2, **sizes).double()
     idx = torch.randint(model.cfg.vocab_size, (3, model.cfg.block_size))
     ours, theirs = model(idx), as_hugging_face(model)(idx).logits
     assert ours.shape == (*idx.shape, model.cfg.vocab_size) and theirs.std() > 0.5

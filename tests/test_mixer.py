@@ -15,6 +15,8 @@ FORMS = {
     "flat": dict(mixing="flat"),
     "softmax": dict(mixing="softmax"),
     "expanded": dict(mixing="expanded"),
+    "flat, rotary, tied": dict(mixing="flat", rotary=True, tie_weights=True),
+    "softmax, rotary": dict(mixing="softmax", rotary=True),
     "expanded, rotary, tied": dict(mixing="expanded", rotary=True, tie_weights=True),
 }
 each_form = pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)

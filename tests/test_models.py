@@ -32,13 +32,17 @@ def small(name, seed=0, **kwargs):
 
 
 @each_model
-def test_presets_are_configs_and_a_text_that_does_not_fit_is_refused(name):
-    module = load(name)
+def test_presets_are_configs_and_shapes_are_those_of_the_interface(name):
+    module, model = load(name), small(name)
     assert module.Config().out == f"out/{name}" and "demo" in module.PRESETS
     for preset in module.PRESETS.values():
         module.Config(**preset)
+    idx = torch.randint(50, (2, 128))
+    assert model(idx).shape == (2, 128, 50) and model(idx, idx).shape == ()
+    cache = model.new_cache(2)
+    assert model(idx[:, :64], cache=cache).shape == (2, model.ahead, 50) and cache.length == 64
     with pytest.raises(module.UserError, match="129 tokens do not fit block_size 128"):
-        small(name)(torch.zeros(1, 129, dtype=torch.long))
+        model(torch.zeros(1, 129, dtype=torch.long))
 
 
 @each_model

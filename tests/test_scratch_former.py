@@ -107,6 +107,8 @@ def test_logits_are_those_of_the_formulas_with_and_without_a_cache(form):
                 kept = rows
             cached, plain = model(text[kept, start:end], cache=cache), logits[kept, end - S - 1]
             assert torch.allclose(cached[:, 0], plain, atol=1e-6) and cache.length == end
+        with pytest.raises(scratch_former.UserError, match="tokens do not fit block_size 32"):
+            model(text[kept, :30], cache=cache)
 
 
 @torch.no_grad()
