@@ -107,25 +107,31 @@ class Mix(nn.Module):
         # would subtract it again.
         self.W = nn.Parameter(torch.empty(shape))
 
-    def forward(self, x, cache=None, layer=0):
+    def forward(self, x, cache=None):
         """x (B, T, C), of the T new positions -> (B, T, C)."""
         past = 0 if cache is None else cache.length  # positions before x
         if self.rotary:
             x = rotate(x, past)
-        if cache is not None:  # in sampling, see Cache below
-            x = cache.x[layer] = torch.cat([cache.x[layer], x], dim=1)  # (B, past + T, C)
-        S = x.size(1)
+        if self.mixing != "expanded":
+            return self.multiply(self.W, x, past, cache)
+        hidden = self.multiply(self.W_in, x[:, None], past, cache)  # (B, 2, T, C)
+        bias = self.bias.view(2, -1, 1)[:, past : past + x.size(1)]  # (2, T, 1)
+        hidden = F.gelu(hidden + bias, approximate="tanh")
+        return self.multiply(self.W, hidden, past, cache).sum(1)
 
-        if self.mixing == "expanded":
-            hidden = torch.tril(self.W_in[:, :S, :S]) @ x[:, None]  # (B, 2, S, C)
-            x = F.gelu(hidden + self.bias.view(2, -1, 1)[:, :S], approximate="tanh")
+    def multiply(self, W, x, past, cache):
+        """tril(W) @ x for the new positions: x (..., T, C) -> (..., T, C)."""
+        if past:  # in sampling, see Cache below
+            x = torch.cat([cache.x[W], x], dim=-2)  # (..., past + T, C)
+        if cache is not None:
+            cache.x[W] = x
+        S = x.size(-2)
         # Row i of W is the new position past + i, which may look at the columns 0 to past + i. The
         # other columns are masked here, at every step, so that they have no gradient.
-        W = self.W[..., past:S, :S]  # (T, S), or (2, T, S)
+        W = W[..., past:S, :S]  # (T, S), or (2, T, S)
         if self.mixing == "softmax":  # -inf for a later position, because a 0 becomes exp(0) = 1
             W = (W + torch.full_like(W, -math.inf).triu(past + 1)).softmax(-1)
-        y = torch.tril(W, past) @ x  # (T, S) @ (B, S, C) -> (B, T, C)
-        return y.sum(1) if self.mixing == "expanded" else y  # (B, 2, T, C) -> (B, T, C)
+        return torch.tril(W, past) @ x  # (T, S) @ (B, S, C) -> (B, T, C)
 
 
 def rotate(x, past):
@@ -165,8 +171,8 @@ class Block(nn.Module):
         self.mlp = MLP(cfg)
         self.drop = nn.Dropout(cfg.dropout)
 
-    def forward(self, x, cache=None, layer=0):
-        x = x + self.drop(self.mix(self.ln_1(x), cache, layer))
+    def forward(self, x, cache=None):
+        x = x + self.drop(self.mix(self.ln_1(x), cache))
         return x + self.drop(self.mlp(self.ln_2(x)))
 
 
@@ -218,8 +224,8 @@ class Model(nn.Module):
         if past + T > self.cfg.block_size:
             raise UserError(f"{past + T} tokens do not fit block_size {self.cfg.block_size}")
         x = self.drop(self.wte(idx))  # (B, T, C)
-        for layer, block in enumerate(self.h):
-            x = block(x, cache, layer)
+        for block in self.h:
+            x = block(x, cache)
         if cache is not None:
             cache.length += T
             x = x[:, -1:]  # only the token after idx is asked for
@@ -229,24 +235,23 @@ class Model(nn.Module):
         return self.lm_head(x)[..., : self.cfg.vocab_size]  # (B, T, V), without the padding
 
     def new_cache(self, batch_size):
-        return Cache(self, batch_size)
+        return Cache()
 
 
 class Cache:
-    """What Mix multiplies by W, of all tokens read so far, so that one more token costs one row.
+    """What each W is multiplied by, of all tokens so far, so that one more token costs one row.
 
-    It is half as much as keys and values: one vector for each position and layer. The hidden units
-    of `expanded` are not kept: they are computed again for each token.
+    It is half as much as keys and values: one vector for each position and layer. `expanded` also
+    keeps its hidden vectors, which is three.
     """
 
-    def __init__(self, model, batch_size):
-        empty = model.wte.weight.new_empty(batch_size, 0, model.cfg.n_embd)  # (B, S, C), S = 0
-        self.x = [empty] * model.cfg.n_layer
-        self.length = 0  # S, the same in all layers
+    def __init__(self):
+        self.x = {}  # W: (B, S, C), or (B, 2, S, C)
+        self.length = 0  # S, the same for each W
 
     def select(self, rows):
         """Text i is replaced by text rows[i]."""
-        self.x = [x[rows] for x in self.x]
+        self.x = {W: x[rows] for W, x in self.x.items()}
 
 
 # Named sizes and their training.

@@ -55,7 +55,7 @@ MUTANTS = {
         ("(step + 1) / warmup", "step / warmup", "learning_rate"),
     ],
     ("mixer.py", "test_mixer.py test_style.py"): [
-        ("y = torch.tril(W, past) @ x", "y = W @ x", "none_before"),
+        ("return torch.tril(W, past) @ x", "return W @ x", "none_before"),
         ("cfg.block_size**-0.5", "1.0", "initial"),
         ('F.gelu(self.c_fc(x), approximate="tanh")', "F.relu(self.c_fc(x))", "text_of_gpt2"),
         ('"GOMP_SPINCOUNT", "1000"', '"GOMP_SPINCOUNT", "100000"', "imports_and"),

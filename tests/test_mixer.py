@@ -86,7 +86,8 @@ def test_a_token_moves_all_logits_from_its_own_on_and_none_before(form):
 @each_form
 @torch.no_grad()
 def test_a_cache_changes_no_logit_however_a_text_is_cut_and_texts_are_selected(form):
-    """It has one vector for each position and layer: half as much as keys and values."""
+    """It has one vector for each position and layer, half as much as keys and values, and
+    `expanded` has three."""
     model, idx = tiny(**form), torch.randint(50, (3, T))
     expected = model(idx)
     selected = ([0, 1, 2], [1], torch.tensor([2, 0, 0, 1]))
@@ -98,7 +99,9 @@ def test_a_cache_changes_no_logit_however_a_text_is_cut_and_texts_are_selected(f
             if cache.length == pieces[0]:
                 cache.select(rows)
                 kept = rows
-        assert sum(x.numel() for x in cache.x) == model.cfg.n_layer * len(rows) * T * C
+        vectors = 3 if "expanded" in form["mixing"] else 1
+        kept_numbers = sum(x.numel() for x in cache.x.values())
+        assert kept_numbers == vectors * model.cfg.n_layer * len(rows) * T * C
 
 
 @pytest.mark.parametrize("mixing", ["flat", "softmax", "expanded"])
