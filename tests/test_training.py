@@ -336,6 +336,13 @@ def test_what_cannot_be_done_is_one_line_and_leaves_nothing_behind(again, data, 
     assert not new.exists()
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # in torch itself
+def test_without_a_compiler_one_line_names_the_option(data, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    assert "--no-compile" in refused(gpt2.main, *argv(data, tmp_path, "--n-layer", 1, "--compile"))
+
+
 def test_damaged_and_foreign_checkpoints_are_one_line(again):
     path = again / "ckpt.pt"
     whole, ckpt = path.read_bytes(), checkpoint(again)
