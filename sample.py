@@ -529,7 +529,7 @@ def answer(model, tokenizer, decoders, n_samples, options, prompt):
             print(text, flush=True)
         n = sum(len(part) for parts in texts for part in parts[1::2])  # tokens that are new
         file = sys.stdout if len(decoders) > 1 else sys.stderr
-        print(f"({n} tokens{note}, {n / seconds:,.1f} tokens/s)\n", file=file, flush=True)
+        print(f"({n} tokens{note}, {n / seconds:,.1f} tokens/s)\n", file=file)
 
 
 def run(args):
@@ -546,8 +546,8 @@ def run(args):
         decoders = list(DECODERS)
         if not model.likelihood and model.cfg.objective == "masked":
             decoders.remove("beam")  # masked tokens are chosen one at a time
-    given = {name: value for name, value in vars(args).items() if name in OPTIONS}
-    options = {"max_new_tokens": 200} | given
+    options = {"max_new_tokens": 200}
+    options |= {name: value for name, value in vars(args).items() if name in OPTIONS}
     check_options(options, decoders)
     options["generator"] = torch.Generator(device).manual_seed(options.pop("seed", 1337))
     options["use_cache"] = not args.no_cache
@@ -599,7 +599,9 @@ def main(argv=None):
         sys.exit(130)  # as in a shell
     except BrokenPipeError:  # as in `sample.py | head`; else Python complains when it exits
         os._exit(0)
-    except (UserError, prepare_data.UserError, OSError, torch.OutOfMemoryError) as e:
+    except (UserError, prepare_data.UserError, OSError, RuntimeError) as e:
+        if isinstance(e, RuntimeError) and "memory" not in str(e):
+            raise
         sys.exit(f"sample.py: {e}")
 
 

@@ -258,6 +258,14 @@ def test_a_wrong_checkpoint_is_one_line_and_imports_nothing(say, ckpt, tmp_path,
         say("--prompt", "the")
 
 
+def test_a_cpu_without_memory_is_one_line_and_a_student_s_mistake_shows_its_line(say, monkeypatch):
+    monkeypatch.setattr(gpt2.Attention, "forward", lambda *args: torch.empty(10**15))
+    assert "you tried to allocate" in say("--prompt", "the", "--decode", "beam")
+    monkeypatch.setattr(gpt2.Attention, "forward", lambda *args: torch.ones(2) @ torch.ones(3))
+    with pytest.raises(RuntimeError, match="size"):
+        say("--prompt", "the")
+
+
 def test_few_rows_are_used_where_they_are_faster_and_in_plain_layers_alone(monkeypatch):
     for amx, dtype in itertools.product((False, True), (torch.float32, torch.bfloat16)):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda amx=amx: {"amx_bf16": amx}, False)
