@@ -19,7 +19,7 @@ from train import machine, prepare, race, shell
 
 HOURGLASS = "conv_attention.py --n-layer 1,0,0,2,0,0,1 --widths 1,1,1 --n-head 4 --n-embd 96"
 MODELS = {  # options, and where the search for a learning rate begins
-    "gpt2": ("gpt2.py --n-layer 4 --n-head 4 --n-embd 112", 2e-3),
+    "gpt2": ("gpt2.py --n-layer 4 --n-head 4 --n-embd 112", 4e-3),
     "gpt2, 12 layers": ("gpt2.py --n-layer 12 --n-head 4 --n-embd 72", 2e-3),
     "mixer": ("mixer.py --n-layer 4 --n-embd 112 --tie-weights", 1.6e-2),
     "progressive": ("progressive.py --n-layer 4 --n-head 4 --n-embd 112", 4e-3),
