@@ -846,10 +846,15 @@ def train(cfg, options, ckpt):
     step = tokens = 0
     seconds = 0.0  # of steps, without evaluations
     best = math.inf  # lowest validation loss
+    best_step = 0  # the step that had it
     if ckpt:
         model.load_state_dict(ckpt["model"])
     if options.resume:
-        step, tokens, seconds, best = (ckpt[k] for k in ("step", "tokens", "seconds", "best"))
+        if "best_step" not in ckpt:
+            raise UserError(f"{out}/ckpt.pt has weights, but no run: --init-from starts one")
+        step, tokens, seconds, best, best_step = (
+            ckpt[k] for k in ("step", "tokens", "seconds", "best", "best_step")
+        )
         # Adam's moments come from the checkpoint; weight decay and betas are those of this run.
         optimizer.load_state_dict(optimizer.state_dict() | {"state": ckpt["optimizer"]["state"]})
         scaler.load_state_dict(scaler.state_dict() | ckpt["scaler"])
@@ -882,6 +887,7 @@ def train(cfg, options, ckpt):
             tokens=tokens,
             seconds=seconds,
             best=best,
+            best_step=best_step,
             model=model.state_dict(),
             optimizer=optimizer.state_dict(),
             scaler=scaler.state_dict(),
@@ -889,6 +895,11 @@ def train(cfg, options, ckpt):
         write_atomically(out / name, lambda file: torch.save(state, file))
 
     if not options.eval_only:
+        print0(
+            f"{cfg.max_steps:,} steps read the text "
+            f"{cfg.max_steps * tokens_per_step / len(splits['train']):,.1f} times "
+            "(from some ten times on, it is learned by heart)"
+        )
         save("ckpt.pt")  # from here on there is something to resume
         log = open_log(out / "log.csv", options.resume, step)
     stopped = 0  # how many times the processes were told to stop
@@ -942,8 +953,7 @@ def train(cfg, options, ckpt):
 
             # Once in a while: the validation loss. best.pt has the weights with the lowest one.
             evaluating = step % cfg.eval_interval == 0 or step == cfg.max_steps
-            val = val_bits = None
-            val_text = ""
+            val = val_bits = val_text = ""  # empty, unless this step evaluates
             if evaluating and "val" in splits:
                 val = evaluate(compiled, splits["val"][: cfg.eval_tokens], cfg.eot, amp)
                 if math.isnan(val):
@@ -956,9 +966,10 @@ def train(cfg, options, ckpt):
                     val_text += f", {val_bits:.4f} bits per byte"
                 if val < best:
                     best = val
+                    best_step = step
                     save("best.pt")
 
-            # A line on the terminal, and a row in log.csv. No evaluation: empty cells.
+            # A line on the terminal, and a row in log.csv.
             if step == 1 or step % cfg.log_interval == 0 or evaluating or stopped:
                 speed = (tokens - last_tokens) / (seconds - last_seconds)
                 last_tokens, last_seconds = tokens, seconds
@@ -967,8 +978,8 @@ def train(cfg, options, ckpt):
                     f"step {step:,}/{cfg.max_steps:,}: loss {loss:.4f}, lr {lr:.2e}, "
                     f"norm {norm:.2f}, {speed:,.0f} tokens/s, {minutes:.0f} min left{val_text}"
                 )
-                cells = (step, tokens, loss, val or "", val_bits or "", lr, norm, speed, seconds)
-                print(*cells, sep=",", file=log)
+                row = f"{step},{tokens},{loss},{val},{val_bits},{lr},{norm},{speed},{seconds}"
+                print(row, file=log)
             if evaluating or stopped:
                 save("ckpt.pt")
 
@@ -977,7 +988,7 @@ def train(cfg, options, ckpt):
         name = "ckpt.pt"
         if best < math.inf:
             name = "best.pt"
-            print0(f"best: {best:.4f}, {out / name}")
+            print0(f"best: {best:.4f} at step {best_step:,}, {out / name}")
         print0(
             f"{step:,} steps, {seconds:.0f} s. --resume continues; with --max-steps N, learning "
             f"rates are those of a run of N steps. Try python sample.py --ckpt '{out / name}'"
@@ -993,7 +1004,7 @@ def train(cfg, options, ckpt):
     # What uses the process group must be gone before it, or the end of gloo's threads may hang.
     del ddp_model
     gc.collect()
-    if dist.is_initialized():
+    if world_size > 1:
         dist.destroy_process_group()
     if stopped:  # as in a shell: 130 is Ctrl-C; perhaps only another process was told to stop
         sys.exit(128 + max(signals, default=0))

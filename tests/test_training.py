@@ -184,11 +184,15 @@ def test_best_has_the_lowest_validation_loss(data, tmp_path, capsys, monkeypatch
     monkeypatch.setattr(gpt2, "learning_rate", lambda step, cfg: 2e-3 if step < 4 else -2e-3)
     values = column(train("gpt2", data, out, "--max-steps=8", "--eval-interval=2"), "val_loss")
     assert min(values) == values[1] == checkpoint(out)["best"] < values[3] - 0.01
-    assert f"best: {values[1]:.4f}, {out}/best.pt" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"best: {values[1]:.4f} at step 4, {out}/best.pt" in printed
+    times = 8 * 256 / len(gpt2.open_data(data)[2]["train"])
+    assert f"8 steps read the text {times:.1f} times" in printed
     monkeypatch.setattr(gpt2, "learning_rate", lambda step, cfg: 0.0)
     for steps, folder, n, of_step in (10, data, 512, 4), (12, other, 512, 12), (14, other, 99, 14):
         train("gpt2", folder, out, "--resume", "--max-steps", steps, "--eval-tokens", n)
         assert checkpoint(out, "best.pt")["step"] == of_step
+        assert f"at step {of_step}, " in capsys.readouterr().out
 
 
 def test_init_from_takes_the_weights_and_no_option(again, data, tmp_path):
@@ -348,11 +352,13 @@ def test_damaged_and_foreign_checkpoints_are_one_line(again):
     whole, ckpt = path.read_bytes(), checkpoint(again)
     flipped = bytearray(whole)  # torch.load would not notice
     flipped[whole.index(ckpt["model"]["wte.weight"].numpy().tobytes()) + 1001] ^= 1
+    weights = {k: ckpt[k] for k in ("model_file", "config", "tokenizer", "model")}
     damaged = "ckpt.pt: no checkpoint of this repository, or damaged"
     for content, expected in [
         *((text, damaged) for text in (b"", b"a text", whole[:999], whole[:-1], bytes(flipped))),
         *((value, damaged) for value in ({"a": 1}, [1], ckpt | {"best": os.abort})),
         (ckpt | {"model_file": "mixer.py"}, "mixer.py: run that file"),
+        (weights, "--init-from starts"),
         (ckpt | {"tokenizer": {"name": "gpt2", "ranks": ""}}, "has another tokenizer"),
     ]:
         if isinstance(content, dict | list):
