@@ -114,10 +114,10 @@ class Mix(nn.Module):
             x = rotate(x, past)
         if self.mixing != "expanded":
             return self.multiply(self.W, x, past, cache)
-        hidden = self.multiply(self.W_in, x[:, None], past, cache)  # (B, 2, T, C)
+        hidden = self.multiply(self.W_in, x[:, None], past, cache)  # (B, 1, T, C) -> (B, 2, T, C)
         bias = self.bias.view(2, -1, 1)[:, past : past + x.size(1)]  # (2, T, 1)
         hidden = F.gelu(hidden + bias, approximate="tanh")
-        return self.multiply(self.W, hidden, past, cache).sum(1)
+        return self.multiply(self.W, hidden, past, cache).sum(1)  # (B, 2, T, C) -> (B, T, C)
 
     def multiply(self, W, x, past, cache):
         """tril(W) @ x for the new positions: x (..., T, C) -> (..., T, C)."""
@@ -241,8 +241,8 @@ class Model(nn.Module):
 class Cache:
     """What each W is multiplied by, of all tokens so far, so that one more token costs one row.
 
-    It is half as much as keys and values: one vector for each position and layer. `expanded` also
-    keeps its hidden vectors, which is three.
+    It is half as much as keys and values: one vector for each position and layer. With `expanded`
+    it is three vectors, since the two hidden ones are kept, too.
     """
 
     def __init__(self):
@@ -715,7 +715,7 @@ def train(cfg, options, ckpt):
     if ckpt:
         model.load_state_dict(ckpt["model"])
     if options.resume:
-        if "best_step" not in ckpt:
+        if "best_step" not in ckpt:  # of weights:gpt2 or of progressive.py --export, for example
             raise UserError(f"{out}/ckpt.pt has weights, but no run: --init-from starts one")
         step, tokens, seconds, best, best_step = (
             ckpt[k] for k in ("step", "tokens", "seconds", "best", "best_step")

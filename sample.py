@@ -600,7 +600,7 @@ def main(argv=None):
     except BrokenPipeError:  # as in `sample.py | head`; else Python complains when it exits
         os._exit(0)
     except (UserError, prepare_data.UserError, OSError, RuntimeError) as e:
-        if isinstance(e, RuntimeError) and "memory" not in str(e):
+        if isinstance(e, RuntimeError) and "memory" not in str(e):  # a mistake in the code
             raise
         sys.exit(f"sample.py: {e}")
 

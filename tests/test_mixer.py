@@ -99,9 +99,9 @@ def test_a_cache_changes_no_logit_however_a_text_is_cut_and_texts_are_selected(f
             if cache.length == pieces[0]:
                 cache.select(rows)
                 kept = rows
-        vectors = 3 if "expanded" in form["mixing"] else 1
-        kept_numbers = sum(x.numel() for x in cache.x.values())
-        assert kept_numbers == vectors * model.cfg.n_layer * len(rows) * T * C
+        vectors = 3 if form["mixing"] == "expanded" else 1
+        numbers = sum(x.numel() for x in cache.x.values())
+        assert numbers == vectors * model.cfg.n_layer * len(rows) * T * C
 
 
 @pytest.mark.parametrize("mixing", ["flat", "softmax", "expanded"])
