@@ -3,6 +3,7 @@
     make ablate                gpt2.py: results/ablations.md; three hours on two cores
     make ablate SCALE=quick    a tenth of it with one seed, to see that it works: into out/
     make march                 the encoder-decoders of MARCH: results/march.md
+    python bench/ablate.py stages      when progressive.py grows, at which rank: results/stages.md
 
 The tables of these pages say what is done: a name; texts of the model file; what stands there
 instead, and options ("--..."); a remark. This program trains each row, fills in the other cells,
@@ -21,13 +22,16 @@ from train import ROOT, machine, prepare, replace
 SPANS = "scratch_former.py --objective spans --n-layer 4 --n-head 4 --head-dim 32 --n-embd 128 "
 SPANS += "--n-ff 512 --position relative --label-smoothing 0 --device cpu --block-size 128 "
 SPANS += "--batch-size 8 --micro-batch 8 --warmup-steps 300 --eval-tokens 16384"
-GPT2 = f"{MODELS['gpt2'][0]} {RUN}".replace("--eval-tokens 1000000", "--eval-tokens 16384")
+FEWER = RUN.replace("--eval-tokens 1000000", "--eval-tokens 16384")
+GPT2 = f"{MODELS['gpt2'][0]} {FEWER}"
+GROWING = f"{MODELS['progressive'][0]} {FEWER}"
 RATE = MODELS["gpt2"][1]
 SPAN_DATA = "prepare_data.py stdlib --tokenizer bpe:1024 --out data/march"
 EXPERIMENTS = {  # page, data, command, steps, learning rates to begin with, seeds, unit of the loss
     "full": ("ablations", DATA["full"], GPT2, 977, [RATE], SEEDS, "bits per byte"),
     "quick": ("ablations", DATA["quick"], GPT2, 100, [RATE], SEEDS[:1], "bits per byte"),
     "march": ("march", SPAN_DATA, SPANS, 1500, [2.5e-4, 5e-4, 1e-3, 2e-3], SEEDS, "nats per token"),
+    "stages": ("stages", DATA["full"], GROWING, 1000, [1e-3, 2e-3, 4e-3], SEEDS, "bits per byte"),
 }
 
 

@@ -25,9 +25,9 @@ BUDGETS = (4, 12, 25, 50)  # millions of tokens
 DECAY = 0.2  # of a budget
 SEEDS = (1337, 1)
 NETWORKS = {  # options, and where the search for a learning rate begins
-    "gpt2, 1.1M": (MODELS["gpt2"][0], 1e-3),
+    "gpt2, 1.1M": (MODELS["gpt2"][0], 2e-3),
     "mixer, 1.1M": (MODELS["mixer"][0], 8e-3),
-    "gpt2, 4M": ("gpt2.py --n-layer 4 --n-head 8 --n-embd 256", 5e-4),
+    "gpt2, 4M": ("gpt2.py --n-layer 4 --n-head 8 --n-embd 256", 1e-3),
     "mixer, 4M": ("mixer.py --n-layer 4 --n-embd 288 --tie-weights", 4e-3),
 }
 

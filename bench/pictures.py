@@ -12,7 +12,7 @@ import compare  # before torch, because train.py sets GOMP_SPINCOUNT first
 import leak
 import numpy as np
 import torch
-from runs import COLORS, GREY, curve, final, level, mean_and_error, picture, slug, train_all
+from runs import COLORS, GREY, curve, final, level, picture, slug, train_all
 from train import ROOT, prepare
 
 import gpt2
@@ -80,19 +80,14 @@ def draw_leak(figure):
 
 def draw_switch(figure):
     """Draws the losses of progressive.py and of a GPT-2 of its final size around both switches, as
-    means of five rows of the log, and prints the losses of all of val, three seeds."""
-    settings = [(model, seed) for model in ("gpt2", "progressive") for seed in compare.SEEDS]
-    command = "{}.py " + TEXT + " 2e-3 --seed {}"  # 12 layers
-    trained = train_all(FOLDER, settings, command.format)
+    means of five rows of the log."""
+    command = "{}.py " + TEXT + " 2e-3"  # 12 layers
+    trained = train_all(FOLDER, [("gpt2",), ("progressive",)], command.format)
     axis = figure.subplots()
-    for model in ("gpt2", "progressive"):
-        rows = trained[model, compare.SEEDS[0]][1][:200]
-        means = np.convolve([row["train_loss"] for row in rows], np.full(5, 1 / 5), "valid")
-        points = [*zip((row["step"] for row in rows[4:]), means)]
+    for (model,), (_, rows) in trained.items():
+        means = np.convolve([row["train_loss"] for row in rows[:200]], np.full(5, 1 / 5), "valid")
+        points = [*zip((row["step"] for row in rows[4:200]), means)]
         curve(axis, points, model)
-        nats = [final(trained[model, seed], "nats per token") for seed in compare.SEEDS]
-        mean, error = mean_and_error(nats)
-        print(f"{model}: {mean:.4f} ± {error:.4f} nats, {nats}")
     for step, blocks in ((50, 6), (150, 12)):
         axis.axvline(step, color=GREY, ls="--")
         axis.annotate(f" {blocks} blocks", (step, 7.8), color=GREY)

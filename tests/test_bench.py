@@ -18,8 +18,8 @@ import runs
 import train
 
 OPTIONS = f"{' '.join(TINY)} --n-layer 1"
-ROWS = []  # (experiment, cells of a row) of both pages
-for experiment, page in ("full", "ablations"), ("march", "march"):
+ROWS = []  # (experiment, cells of a row) of all pages
+for experiment, page in [("full", "ablations"), ("march", "march"), ("stages", "stages")]:
     ROWS += [(experiment, row) for _, *found in ablate.read_tables(page) for row in found]
 
 
