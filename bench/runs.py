@@ -189,7 +189,7 @@ def curve(axis, points, name, **style):
 
 def level(axis, y, name, x=0.0):
     """A dashed horizontal line with its name below it; x: where the name begins, from 0 to 1."""
-    axis.axhline(y, color=GREY, ls="--")
+    axis.axhline(y, xmax=0.95, color=GREY, ls="--")  # up to where curves end
     place = dict(xycoords=("axes fraction", "data"), xytext=(2, -12), textcoords="offset points")
     axis.annotate(name, (x, y), color=GREY, **place)
 
