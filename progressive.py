@@ -25,7 +25,7 @@ add LoRA to each use of a shared block.
     python progressive.py --device cuda --data data/NAME          the source's size on one GPU
 
 In the diff with gpt2.py: LoRALinear, the line of Model.forward that finds the block of a layer, and
-grow with the functions above it.
+grow with the functions above it, peak_rate among them.
 """
 
 import argparse
@@ -329,9 +329,14 @@ def learning_rate(step, cfg):
     """At step `step`, counted from 0: linear warm-up, then a cosine down to zero at max_steps."""
     warmup = min(cfg.warmup_steps, cfg.max_steps // 2)  # at most half of a short run
     if step < warmup:
-        return cfg.learning_rate * (step + 1) / warmup
+        return peak_rate(cfg) * (step + 1) / warmup
     done = (step - warmup) / (cfg.max_steps - warmup)
-    return cfg.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
+    return peak_rate(cfg) * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def peak_rate(cfg):
+    """A step moves a shared block in all of its layers at once: their number divides the rate."""
+    return cfg.learning_rate / 2 ** (3 - cfg.stage)  # 4 layers in stage 1, then 2, then 1
 
 
 def unrolled(blocks, n):

@@ -86,6 +86,8 @@ def test_a_switch_keeps_every_logit_and_moment_and_then_all_that_is_not_frozen_l
         grown = [progressive.grow(model, optimizer, model.cfg, step + i) for i in (-1, 0, 1)]
         assert grown == [False, True, False] and torch.equal(model(idx), logits)
         assert model.cfg.stage == stage and len(model.h) == 2**stage
+        rate = gpt2.learning_rate(5, model.cfg)  # divided by how many of the 8 layers share a block
+        assert progressive.learning_rate(5, model.cfg) == rate * len(model.h) / 8
 
         # The optimizer trains what is not frozen, with the moments of the originals.
         params = dict(model.named_parameters())
@@ -98,7 +100,6 @@ def test_a_switch_keeps_every_logit_and_moment_and_then_all_that_is_not_frozen_l
             state = optimizer.state.get(p, {})
             assert state.keys() == expected.keys(), name
             assert all(torch.equal(value, expected[key]) for key, value in state.items()), name
-
         # No two tensors share memory. A is random, in each layer another one.
         states = [value for state in optimizer.state.values() for value in state.values()]
         tensors = [*params.values(), *states]
@@ -106,7 +107,6 @@ def test_a_switch_keeps_every_logit_and_moment_and_then_all_that_is_not_frozen_l
         drawn = [p for name, p in params.items() if "lora_a" in name]
         assert len({p.sum().item() for p in drawn}) == len(frozen(model))
         assert all(0.7 < p.std() * 24**0.5 < 1.3 for p in drawn)
-
         old = copy.deepcopy(params)
         learn(model, optimizer)
         assert {name for name, p in params.items() if torch.equal(p, old[name])} == frozen(model)

@@ -14,7 +14,7 @@ from conftest import BANNER, MODEL_FILES, ROOT
 # The definitions that may differ from those of the same name in gpt2.py.
 IDEAS = {
     "mixer": "Config Block Model Cache",
-    "progressive": "Config Attention Model grow",
+    "progressive": "Config Attention Model learning_rate grow",
     "conv_attention": "Config Model Cache",
     "scratch_former": "Config Attention MLP Block Model Cache configure_optimizer learning_rate",
 }
