@@ -66,7 +66,7 @@ def train_budgets(name, rate, seed, budgets=BUDGETS):
     found = {}
     steady = None  # the run with the constant rate
     options = f"{NETWORKS[name][0]} {RUN} --data {DATA['full'].split()[-1]} --eval-tokens 16384"
-    options += f" --eval-interval 500 --learning-rate {rate:g} --seed {seed}"
+    options += f" --warmup-steps 300 --eval-interval 500 --learning-rate {rate:g} --seed {seed}"
     for budget in budgets:
         steps = round(budget * 1e6 / (8 * 256))
         for kind, n in ("steady", round((1 - DECAY) * steps)), ("decayed", steps):
