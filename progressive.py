@@ -13,8 +13,9 @@ different as it goes on. From stage 2 on, the matrices of attention learn throug
 
 B begins at zero, and a copy computes what its original does. So the loss is the same before and
 after a switch to the next stage. The next switch adds (alpha / rank) B A to W, and A and B begin
-anew. With --lora-rank 0 nothing is frozen, for comparison. --export writes the finished model as a
-checkpoint of gpt2.py. It computes the same, and samples faster, because the sum is done already.
+anew. While layers share a block, the learning rate is lower (peak_rate). With --lora-rank 0 nothing
+is frozen, for comparison. --export writes the finished model as a checkpoint of gpt2.py. It
+computes the same, and samples faster, because the sum is done already.
 
 Source: github.com/swortaljuju/lmsmall, "Progressive Diverging model". results/progressive.md says
 what its code does instead. Related: Takase and Kiyono 2021 (arXiv 2104.06022) share blocks in this
@@ -304,7 +305,7 @@ DEMO = dict(
     max_steps=750,
     eval_interval=250,
     log_interval=50,
-    learning_rate=4e-3,
+    learning_rate=8e-3,
     warmup_steps=60,
 )
 PRESETS = {"demo": DEMO}
