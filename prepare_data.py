@@ -762,9 +762,10 @@ def write_data_set(args, files, origin, ranks, folder):
     write_text(folder / "meta.json", json.dumps(meta, indent=1) + "\n")
 
     print(f"{args.name}: {name}, vocabulary size {tokenizer.n_vocab:,}")
+    print(f"  split {'documents':>12} {'bytes':>15} {'tokens':>15}   bytes per token")
     for split, n in splits.items():
-        counts = f"{n['tokens']:>13,} tokens {n['bytes']:>15,} bytes {n['documents']:>9,} documents"
-        print(f"  {split:5} {counts}  {n['bytes'] / n['tokens']:.2f} bytes per token")
+        counts = f"{n['documents']:>12,} {n['bytes']:>15,} {n['tokens']:>15,}"
+        print(f"  {split:5} {counts} {n['bytes'] / n['tokens']:>17.2f}")
     if notes["rows without text"]:
         print(f"  {notes['rows without text']:,} of {notes['rows']:,} rows have no text")
     if notes["files with CRLF"]:
