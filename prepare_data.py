@@ -193,16 +193,18 @@ def load_tokenizer(name, ranks=""):
 
     tokens = [bytes([b]) for b in range(256)]
     if name.startswith("bpe:"):
-        tokens = [base64.b64decode(line.split()[0]) for line in ranks.splitlines()]
+        tokens = map(base64.b64decode, re.findall(r"^((?:\S{4})+) \d+$", ranks, re.MULTILINE))
     elif name != "bytes":
         names = "bpe:N, bytes, gpt2, r50k_base, p50k_base, p50k_edit or a folder of token files"
-        why = f"other tokenizers of tiktoken have more than {MAX_IDS:,} ids: too many for 16 bits"
-        raise UserError(f"tokenizer {name}: use {names}; {why}")
+        raise UserError(
+            f"tokenizer {name}: use {names}; other tokenizers of tiktoken have more than "
+            f"{MAX_IDS:,} ids: too many for 16 bits"
+        )
     ids = {token: i for i, token in enumerate(tokens)}
     if len(ids) < 256:
         raise UserError(f"tokenizer {name}: tokenizer.tiktoken is damaged")
     return tiktoken.Encoding(
-        name, pat_str=SPLIT_PATTERN, mergeable_ranks=ids, special_tokens={EOT: len(tokens)}
+        name, pat_str=SPLIT_PATTERN, mergeable_ranks=ids, special_tokens={EOT: len(ids)}
     )
 
 
@@ -764,8 +766,10 @@ def write_data_set(args, files, origin, ranks, folder):
     print(f"{args.name}: {name}, vocabulary size {tokenizer.n_vocab:,}")
     print(f"  split {'documents':>12} {'bytes':>15} {'tokens':>15}   bytes per token")
     for split, n in splits.items():
-        counts = f"{n['documents']:>12,} {n['bytes']:>15,} {n['tokens']:>15,}"
-        print(f"  {split:5} {counts} {n['bytes'] / n['tokens']:>17.2f}")
+        print(
+            f"  {split:5} {n['documents']:>12,} {n['bytes']:>15,} {n['tokens']:>15,} "
+            f"{n['bytes'] / n['tokens']:>17.2f}"
+        )
     if notes["rows without text"]:
         print(f"  {notes['rows without text']:,} of {notes['rows']:,} rows have no text")
     if notes["files with CRLF"]:
@@ -852,6 +856,8 @@ def prepare_weights(name, out):
 
     if name not in OPENAI:
         raise UserError(f"weights:{name}: OpenAI's models are {', '.join(OPENAI)}")
+    if (out / "ckpt.pt").exists():
+        raise UserError(f"{out} has a checkpoint already. Choose another folder with --out")
     url = f"{HUB}/openai-community/{name}/resolve/main/pytorch_model.bin"
     path = download(url, DOWNLOADS / f"{name}.bin")
     model = {}

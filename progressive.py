@@ -209,7 +209,7 @@ class Model(nn.Module):
                 f"n_layer {cfg.n_layer} must be a multiple of 4, and stage {cfg.stage} must be "
                 "1, 2 or 3"
             )
-        if not re.fullmatch(r"[\d.]+,[\d.]+", cfg.stages):
+        if not re.fullmatch(r"\d*\.?\d+,\d*\.?\d+", cfg.stages):
             raise UserError(f"stages {cfg.stages!r} must be two fractions, such as 0.05,0.15")
         self.cfg = cfg
         padded = math.ceil(cfg.vocab_size / 64) * 64  # matrix products of such a size are faster
@@ -655,11 +655,11 @@ def read_checkpoint(path):
 LOG = "step,tokens,train_loss,val_loss,val_bits_per_byte,lr,grad_norm,tokens_per_s,seconds"
 
 
-def open_log(path, resume, step):
+def open_log(path, step):
     """Opens log.csv, to append rows to it. A resumed run takes the steps after its checkpoint
     again, so their old rows are removed, and with them half a row that a killed run may have left.
     """
-    old = path.read_text() if resume else ""
+    old = path.read_text() if path.exists() else ""
     rows = [LOG]
     for row in old.splitlines()[1:]:
         whole = row.count(",") == LOG.count(",")
@@ -833,9 +833,10 @@ def train(cfg, options, ckpt):
     # The data.
     meta, tokenizer, splits = open_data(cfg.data)
     if ckpt and ckpt["tokenizer"] != tokenizer:
+        # OpenAI's weights name no data set. Their tokenizer is gpt2.
         raise UserError(
             f"{cfg.data} has another tokenizer than the model: "
-            f"prepare it with --tokenizer {ckpt['config']['data']}"
+            f"prepare it with --tokenizer {ckpt['config'].get('data', 'gpt2')}"
         )
     cfg.vocab_size = meta["vocab_size"]
     cfg.eot = meta["eot"]
@@ -907,7 +908,7 @@ def train(cfg, options, ckpt):
             "(from some ten times on, it is learned by heart)"
         )
         save("ckpt.pt")  # from here on there is something to resume
-        log = open_log(out / "log.csv", options.resume, step)
+        log = open_log(out / "log.csv", step)
     stopped = 0  # how many times the processes were told to stop
     last_tokens, last_seconds = tokens, seconds  # at the last line of the log
 

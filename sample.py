@@ -369,8 +369,8 @@ def find_checkpoint(path):
 
 def load(ckpt, device="cpu"):
     """(model, tokenizer) of a checkpoint: the Model of the file that wrote it, in eval mode, and a
-    tiktoken.Encoding. Raises UserError if there is no such checkpoint, if it is damaged, or does
-    not fit today's model file."""
+    tiktoken.Encoding. Raises OSError if there is no such file, and UserError if it is damaged, no
+    checkpoint, or does not fit today's model file."""
     state = read_checkpoint(ckpt)
     name = state["model_file"]
     # Whatever stands in a checkpoint, nothing but a model file beside this file is imported.
