@@ -424,7 +424,7 @@ def test_weights_give_the_logits_of_hugging_face():
     state = peer.transformer.state_dict() | {"h.0.attn.bias": torch.ones(1, 1, 16, 16)}
     torch.save(state, write("data/downloads/gpt2.bin", b""))
     prepare_data.main(["weights:gpt2"])
-    assert "has a checkpoint already" in error("weights:gpt2")
+    assert "has a checkpoint already" in refused(prepare_data.main, "weights:gpt2")
     ckpt = torch.load("out/gpt2-openai/ckpt.pt", weights_only=True)
     gpt2 = load("gpt2")
     model = gpt2.Model(gpt2.Config(**ckpt["config"])).eval()
