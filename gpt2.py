@@ -261,7 +261,7 @@ DEMO = dict(block_size=128, batch_size=16, micro_batch=16, max_steps=2300, learn
 REPORT = dict(dropout=0.2, batch_size=64, micro_batch=64, max_steps=5000, learning_rate=3e-4)
 GPT2 = dict(block_size=1024, batch_size=512, micro_batch=16, max_steps=20_000, warmup_steps=700)
 PRESETS = {
-    "demo": dict(n_layer=2, n_head=4, n_embd=128, log_interval=50, **DEMO),
+    "demo": dict(n_layer=2, n_head=4, n_embd=128, warmup_steps=300, log_interval=50, **DEMO),
     "report": dict(n_layer=6, n_head=6, n_embd=384, **REPORT),
     "gpt2": dict(n_layer=12, n_head=12, n_embd=768, **GPT2),
     "gpt2-medium": dict(n_layer=24, n_head=16, n_embd=1024, learning_rate=3e-4, **GPT2),
