@@ -24,10 +24,10 @@ STYLES = {"masked": "--", "spans": ":", "next": "-"}
 
 
 def baseline(cfg, splits):
-    """The loss of token frequencies, in nats. In the target of `spans` are sentinels, too: of them
-    it knows the order and the share."""
+    """The loss of token frequencies, in nats, on the tokens that a run evaluates. In the target of
+    `spans` are sentinels, too: of them it knows the order and the share."""
     counts = np.bincount(splits["train"], minlength=cfg.vocab_size) + 1.0
-    nats = -np.log(counts / counts.sum())[splits["val"]].mean()
+    nats = -np.log(counts / counts.sum())[splits["val"][: cfg.eval_tokens]].mean()
     if cfg.objective != "spans":
         return nats
     n_hidden, n_spans = scratch_former.hidden_lengths(cfg, cfg.block_size)
@@ -71,7 +71,7 @@ def main(folders):
         for name, points in below.items():
             runs.curve(axis, points, name, color=runs.COLORS["scratch_former"], ls=STYLES[name])
         runs.level(axis, 0, "token frequencies")
-        axis.set_xlabel("tokens read, millions")
+        axis.set(xlabel="tokens read, millions", ylim=(-0.3, None))  # room for that name
         axis.set_ylabel("nats below token frequencies\n(higher is better)")
 
     runs.picture("out/blanks.svg", (8, 3.5), draw)
