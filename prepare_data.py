@@ -193,7 +193,8 @@ def load_tokenizer(name, ranks=""):
 
     tokens = [bytes([b]) for b in range(256)]
     if name.startswith("bpe:"):
-        tokens = map(base64.b64decode, re.findall(r"^((?:\S{4})+) \d+$", ranks, re.MULTILINE))
+        # A line that was cut is left out. Then there are fewer ids than meta.json says.
+        tokens = map(base64.b64decode, re.findall(r"^(\S+) \d+$", ranks, re.MULTILINE))
     elif name != "bytes":
         names = "bpe:N, bytes, gpt2, r50k_base, p50k_base, p50k_edit or a folder of token files"
         raise UserError(

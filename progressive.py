@@ -336,7 +336,7 @@ def learning_rate(step, cfg):
 
 
 def peak_rate(cfg):
-    """A step moves a shared block in all of its layers at once: their number divides the rate."""
+    """A step moves a block in all of its layers at once, so the rate is divided by their number."""
     return cfg.learning_rate / 2 ** (3 - cfg.stage)  # 4 layers in stage 1, then 2, then 1
 
 

@@ -86,8 +86,7 @@ def test_a_token_moves_all_logits_from_its_own_on_and_none_before(form):
 @each_form
 @torch.no_grad()
 def test_a_cache_changes_no_logit_however_a_text_is_cut_and_texts_are_selected(form):
-    """It has one vector for each position and layer, half as much as keys and values, and
-    `expanded` has three."""
+    """One vector for each position and layer, half of keys and values; `expanded` has three."""
     model, idx = tiny(**form), torch.randint(50, (3, T))
     expected = model(idx)
     selected = ([0, 1, 2], [1], torch.tensor([2, 0, 0, 1]))

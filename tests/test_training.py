@@ -56,8 +56,7 @@ def again(ended, tmp_path):
     [("float32", 0.3, 1e-4), ("float32", 0, 1e-4), ("bfloat16", 0.3, 0.03), ("float16", 0.3, 4e-3)],
 )
 def test_a_run_is_what_a_plain_loop_in_float32_computes(dtype, clip, tolerance, data, tmp_path):
-    """With a micro-batch that does not divide the batch, gradients that are clipped, and rows of
-    the log between the evaluations."""
+    """The micro-batch does not divide the batch, and the log has rows between evaluations."""
     options = "--max-steps 8 --log-interval 3 --eval-interval 5 --micro-batch 3 --warmup-steps 3"
     options += f" --learning-rate 1e-2 --weight-decay 0.5 --grad-clip {clip} --seed 5"
     log = train("gpt2", data, tmp_path, *options.split(), "--dtype", dtype)
@@ -328,6 +327,7 @@ def test_what_cannot_be_done_is_one_line_and_leaves_nothing_behind(again, data, 
         (["--dropout", 1], "--dropout must be below 1"),
         (["--n-head", 0], "--n-head: 0: at least 1 is needed"),
         (["--seed=-1"], "--seed: -1: at least 0 is needed"),
+        (["--grad-clip=-0.1"], "--grad-clip: -0.1: at least 0 is needed"),
         (["--learning-rate", "nan"], "--learning-rate: nan: at least 0 is needed"),
         (["--resume"], "No such file"),
         (["--out", again], "--resume continues it"),
@@ -358,6 +358,7 @@ def test_damaged_and_foreign_checkpoints_are_one_line(again):
         *((value, damaged) for value in ({"a": 1}, [1], ckpt | {"best": os.abort})),
         (ckpt | {"model_file": "mixer.py"}, "mixer.py: run that file"),
         (weights, "--init-from starts"),
+        (ckpt | {"tokenizer": {"name": "gpt2", "ranks": ""}}, "has another tokenizer"),
         (weights | {"config": {}, "tokenizer": {"name": "gpt2", "ranks": ""}}, "--tokenizer gpt2"),
     ]:
         if isinstance(content, dict | list):
