@@ -1,34 +1,34 @@
 """Does attention overtake the mixer? gpt2.py and mixer.py at two sizes, on 4M to 50M tokens.
 
-    make compare SCALE=long
+    make compare SCALE=long        seven hours on two cores
 
 One run with a constant rate serves four budgets: at 80% of each of them a copy of it begins, in
 which the rate falls linearly to zero. Rates are searched at the first budget with the first seed.
-The second seed follows, as far as six hours allow. Fills in results/long.md and draws long.svg.
+Fills in results/long.md and draws long.svg.
 """
 
 import importlib
 import statistics
 import sys
-import threading
-import time
 
+import numpy as np
+import runs  # before torch, because train.py sets GOMP_SPINCOUNT first
+import torch
 from compare import DATA, MODELS, RUN, bits, count_parameters
-from runs import RUNNING, best_rates, copy_code, curve, fill_page, picture, side_by_side, train
 from train import ROOT, machine, prepare
 
+import gpt2
+import sample
+
 FOLDER = "out/long"
-LIMIT = 6 * 3600  # seconds
-CLOCK = ROOT / FOLDER / "seconds"
-BEGAN = time.monotonic() - (float(CLOCK.read_text() or 0) if CLOCK.exists() else 0.0)
+TOKENS = DATA["full"].split()[-1]  # the folder of the token files
 BUDGETS = (4, 12, 25, 50)  # millions of tokens
 DECAY = 0.2  # of a budget
-SEEDS = (1337, 1)
-NETWORKS = {  # options, and where the search for a learning rate begins
-    "gpt2, 1.1M": (MODELS["gpt2"][0], 2e-3),
-    "mixer, 1.1M": (MODELS["mixer"][0], 8e-3),
-    "gpt2, 4M": ("gpt2.py --n-layer 4 --n-head 8 --n-embd 256", 1e-3),
-    "mixer, 4M": ("mixer.py --n-layer 4 --n-embd 288 --tie-weights", 4e-3),
+NETWORKS = {  # options, where the search for a learning rate begins, and the seeds
+    "gpt2, 1.1M": (MODELS["gpt2"][0], 2e-3, (1337, 1)),
+    "mixer, 1.1M": (MODELS["mixer"][0], 8e-3, (1337, 1)),
+    "gpt2, 4M": ("gpt2.py --n-layer 4 --n-head 8 --n-embd 256", 1e-3, (1337,)),
+    "mixer, 4M": ("mixer.py --n-layer 4 --n-embd 288 --tie-weights", 4e-3, (1337,)),
 }
 
 
@@ -47,81 +47,84 @@ def work(kind, file, *options):
     module.main(options)
 
 
-def spent():
-    """The seconds that this program has run, those before an interruption included."""
-    return time.monotonic() - BEGAN
-
-
-def clock():
-    """Writes down the time, and ends the trainings when it is over."""
-    while spent() < LIMIT:
-        CLOCK.write_text(str(spent()))
-        time.sleep(10)
-    for child in RUNNING.copy():
-        child.terminate()
+@torch.no_grad()
+def copied(run):
+    """The share of tokens that a trained network names in texts of 8 to 71 tokens, drawn from val
+    at random, which are repeated: what is right there has been found in the text."""
+    model = sample.load(ROOT / FOLDER / runs.slug(run) / "ckpt.pt")[0]
+    val = gpt2.open_data(ROOT / TOKENS)[2]["val"]
+    rng = np.random.default_rng(0)
+    texts = [np.resize(rng.choice(val, n), 256) for n in range(8, 72)]  # repeated up to 256 tokens
+    texts = torch.from_numpy(np.stack(texts).astype(int))  # (64, 256)
+    right = model(texts[:, :-1]).argmax(-1) == texts[:, 1:]
+    return right[:, 71:].float().mean().item()  # from where every text has been read once
 
 
 def train_budgets(name, rate, seed, budgets=BUDGETS):
-    """{millions of tokens: bits per byte at the end of a run}, as far as time allows."""
+    """{millions of tokens: (bits per byte, share of copied tokens) at the end of a run}."""
     found = {}
     steady = None  # the run with the constant rate
-    options = f"{NETWORKS[name][0]} {RUN} --data {DATA['full'].split()[-1]} --eval-tokens 16384"
+    options = f"{NETWORKS[name][0]} {RUN} --data {TOKENS} --eval-tokens 16384"
     options += f" --warmup-steps 300 --eval-interval 500 --learning-rate {rate:g} --seed {seed}"
     for budget in budgets:
         steps = round(budget * 1e6 / (8 * 256))
         for kind, n in ("steady", round((1 - DECAY) * steps)), ("decayed", steps):
             run = f"{name}-{rate:g}-{seed}/{kind}-{n}"
-            try:
-                command = f"bench/long.py {kind} {options} --max-steps {n}"
-                result = train(FOLDER, run, command, begin=steady, start=spent() < LIMIT)
-            except ChildProcessError:
-                if spent() < LIMIT:
-                    raise
-                return found  # `clock` has ended it
+            command = f"bench/long.py {kind} {options} --max-steps {n}"
+            result = runs.train(FOLDER, run, command, begin=steady)
             if kind == "steady":
                 steady = run
-        found[budget] = bits([result])[0]
+        found[budget] = bits([result])[0], copied(run)
     return found
 
 
 def measure(pairs):
     """{(name, rate): bits per byte at the end of the first budget}."""
-    found = side_by_side(lambda pair: train_budgets(*pair, SEEDS[0], BUDGETS[:1]), pairs)
-    return {pair: values[BUDGETS[0]] for pair, values in zip(pairs, found)}
+    settings = [(*pair, NETWORKS[pair[0]][2][0], BUDGETS[:1]) for pair in pairs]
+    found = runs.side_by_side(lambda setting: train_budgets(*setting), settings)
+    return {pair: ends[BUDGETS[0]][0] for pair, ends in zip(pairs, found)}
 
 
 def main():
     prepare(DATA["full"])
-    copy_code(FOLDER)
-    print(f"At most {LIMIT / 3600:.0f} hours, of which {spent() / 3600:.1f} are over.", flush=True)
-    threading.Thread(target=clock, daemon=True).start()
-    rates = {name: [rate / 2, rate, rate * 2] for name, (_, rate) in NETWORKS.items()}
-    best = best_rates(rates, measure)
-    runs = [(name, best[name], seed) for seed in SEEDS for name in NETWORKS]
-    points = {name: {} for name in NETWORKS}  # {name: {budget: bits per byte of each seed}}
-    for (name, *_), found in zip(runs, side_by_side(lambda run: train_budgets(*run), runs)):
-        for budget, value in found.items():
-            points[name].setdefault(budget, []).append(value)
+    runs.copy_code(FOLDER)
+    rates = {name: [rate / 2, rate, rate * 2] for name, (_, rate, _) in NETWORKS.items()}
+    best = runs.best_rates(rates, measure)
+    order = [
+        (name, best[name], seed)
+        for seed in (1337, 1)
+        for name, (_, _, seeds) in NETWORKS.items()
+        if seed in seeds
+    ]
+    ends = {name: {budget: [] for budget in BUDGETS} for name in NETWORKS}  # of each seed
+    for (name, *_), found in zip(order, runs.side_by_side(lambda one: train_budgets(*one), order)):
+        for budget, end in found.items():
+            ends[name][budget].append(end)
 
-    rows = [["", "parameters", "rate", *(f"{budget}M tokens" for budget in BUDGETS)]]
-    for name, (options, _) in NETWORKS.items():
+    titles = ["", "parameters", "rate", *(f"{budget}M tokens" for budget in BUDGETS)]
+    tables = [titles], [["", *titles[3:]]]
+    for name, (options, *_) in NETWORKS.items():
         tried = ", ".join(f"{rate:g}" for rate in sorted(rates[name]))
         row = [name, f"{count_parameters(options):,}", f"{best[name]:g} of {tried}"]
-        ends = [points[name].get(budget, []) for budget in BUDGETS]
-        rows.append([*row, *(", ".join(f"{value:.3f}" for value in values) for values in ends)])
-    fill_page("long.md", "results", f"{machine()}, a thread a run.", [DATA["full"]], [rows])
+        of_budgets = ends[name].values()
+        losses = [", ".join(f"{loss:.3f}" for loss, _ in found) for found in of_budgets]
+        shares = [", ".join(f"{share:.0%}" for _, share in found) for found in of_budgets]
+        tables[0].append([*row, *losses])
+        tables[1].append([name, *shares])
+    runs.fill_page("long.md", "results", f"{machine()}, a thread a run.", [DATA["full"]], tables)
 
     def draw(figure):
-        axis = figure.subplots()
-        for name, values in points.items():
-            style = dict(ls="--" if "4M" in name else "-", marker="o")
-            curve(axis, [(n, statistics.mean(found)) for n, found in values.items()], name, **style)
-        axis.set(xscale="log", ylabel="bits per byte of val (lower is better)")
-        axis.set_xticks(BUDGETS, [f"{budget}M" for budget in BUDGETS])
-        axis.minorticks_off()
-        axis.set_xlabel("tokens of a run, log scale; at each point its rate had fallen to zero")
+        labels = "bits per byte of val (lower is better)", "share of repeated tokens named"
+        for i, (axis, label) in enumerate(zip(figure.subplots(1, 2), labels)):
+            for name, found in ends.items():
+                points = [(n, statistics.mean(end[i] for end in found[n])) for n in BUDGETS]
+                runs.curve(axis, points, name, ls="--" if "4M" in name else "-", marker="o")
+            axis.set(xscale="log", ylabel=label)
+            axis.set_xticks(BUDGETS, [f"{budget}M" for budget in BUDGETS])
+            axis.minorticks_off()
+            axis.set_xlabel("tokens of a run, log scale; at each point its rate had fallen to zero")
 
-    picture("results/long.svg", (9, 4.5), draw)
+    runs.picture("results/long.svg", (13, 4.5), draw)
 
 
 if __name__ == "__main__":

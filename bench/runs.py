@@ -53,15 +53,13 @@ def copy_code(folder):
             print(f"{file.name} has changed. Runs go on with {folder}/code, as they began.")
 
 
-def train(folder, name, command, begin=None, start=True):
+def train(folder, name, command, begin=None):
     """Trains on one thread in FOLDER/NAME with FOLDER/code, unless that is complete. It resumes, or
     goes on from the run `begin`. Returns what was printed, and the rows of the log. A loss that is
-    not finite counts as infinite. Raises ChildProcessError if it fails, or must not `start`."""
+    not finite counts as infinite. Raises ChildProcessError if it fails."""
     out = ROOT / folder / slug(name)
     printed = out / "printed.txt"
     if not printed.exists():
-        if not start:
-            raise ChildProcessError("there is no time left")
         out.mkdir(parents=True, exist_ok=True)
         if begin and not (out / "ckpt.pt").exists():
             for file in ("log.csv", "ckpt.pt"):
