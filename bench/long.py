@@ -90,12 +90,7 @@ def main():
     runs.copy_code(FOLDER)
     rates = {name: [rate / 2, rate, rate * 2] for name, (_, rate, _) in NETWORKS.items()}
     best = runs.best_rates(rates, measure)
-    order = [
-        (name, best[name], seed)
-        for seed in (1337, 1)
-        for name, (_, _, seeds) in NETWORKS.items()
-        if seed in seeds
-    ]
+    order = [(name, best[name], seed) for name, (*_, seeds) in NETWORKS.items() for seed in seeds]
     ends = {name: {budget: [] for budget in BUDGETS} for name in NETWORKS}  # of each seed
     for (name, *_), found in zip(order, runs.side_by_side(lambda one: train_budgets(*one), order)):
         for budget, end in found.items():
