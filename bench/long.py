@@ -1,6 +1,6 @@
 """Does attention overtake the mixer? gpt2.py and mixer.py at two sizes, on 4M to 50M tokens.
 
-    make compare SCALE=long        seven hours on two cores
+    make compare SCALE=long        some seven hours on two cores; it resumes
 
 One run with a constant rate serves four budgets: at 80% of each of them a copy of it begins, in
 which the rate falls linearly to zero. Rates are searched at the first budget with the first seed.
@@ -80,7 +80,7 @@ def train_budgets(name, rate, seed, budgets=BUDGETS):
 
 def measure(pairs):
     """{(name, rate): bits per byte at the end of the first budget}."""
-    settings = [(*pair, NETWORKS[pair[0]][2][0], BUDGETS[:1]) for pair in pairs]
+    settings = [(name, rate, NETWORKS[name][-1][0], BUDGETS[:1]) for name, rate in pairs]
     found = runs.side_by_side(lambda setting: train_budgets(*setting), settings)
     return {pair: ends[BUDGETS[0]][0] for pair, ends in zip(pairs, found)}
 
