@@ -26,7 +26,7 @@ Source: github.com/swortaljuju/lmsmall, "Convolution Attention Model". Its expan
 that takes the positions of the sequence for its channels, so that each row sees the whole window,
 most of the targets included. bench/leak.py shows what this does to the loss.
 
-    python conv_attention.py --preset demo --ahead 1            four minutes on a laptop's CPU
+    python conv_attention.py --preset demo --ahead 1            some minutes on two CPU cores
     python conv_attention.py --ahead 1 --device cuda            the source's size on one GPU
     python conv_attention.py --preset demo --out out/ahead64    the source's objective on a CPU
 
@@ -583,8 +583,8 @@ def get_windows(tokens, starts, length):
 
 
 def get_batch(tokens, length, cfg, step):
-    """The windows, (B, length), that this process trains on in step `step`. They depend on seed and
-    step alone, so that a resumed run, or one on more devices, sees the same data."""
+    """The windows, (B, length), that this process trains on in step `step`. Those of all processes
+    depend on seed and step alone: a resumed run, or one on more devices, sees the same data."""
     rng = np.random.default_rng([cfg.seed, step])
     starts = rng.integers(len(tokens) - length + 1, size=cfg.batch_size)  # of all processes
     return get_windows(tokens, starts[rank::world_size], length)

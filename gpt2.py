@@ -19,7 +19,7 @@ Source: Radford et al. 2019, "Language Models are Unsupervised Multitask Learner
 the GPT of Radford et al. 2018. The parameters have OpenAI's names, so OpenAI's weights can be
 loaded. OpenAI stores the matrices of its linear layers transposed.
 
-    python gpt2.py --preset demo                                  two to three minutes on a CPU
+    python gpt2.py --preset demo                                  some minutes on two CPU cores
     python gpt2.py --preset gpt2 --device cuda --data data/NAME   124M parameters on one GPU
 
 The loss begins near ln V, as if all tokens were equally likely: 8.3 nats for 4,096 of them. The
@@ -427,8 +427,8 @@ def get_windows(tokens, starts, length):
 
 
 def get_batch(tokens, length, cfg, step):
-    """The windows, (B, length), that this process trains on in step `step`. They depend on seed and
-    step alone, so that a resumed run, or one on more devices, sees the same data."""
+    """The windows, (B, length), that this process trains on in step `step`. Those of all processes
+    depend on seed and step alone: a resumed run, or one on more devices, sees the same data."""
     rng = np.random.default_rng([cfg.seed, step])
     starts = rng.integers(len(tokens) - length + 1, size=cfg.batch_size)  # of all processes
     return get_windows(tokens, starts[rank::world_size], length)

@@ -1,7 +1,7 @@
 """The masked mixer: a learned triangular matrix over positions in the place of attention.
 
     x = x + mix(ln_1(x))      each position reads the positions up to itself: y = tril(W) @ x
-    x = x + mlp(ln_2(x))      each position by itself; the rest is as in gpt2.py, too
+    x = x + mlp(ln_2(x))      each position by itself, as in gpt2.py
 
 W for a text of 4 tokens. A row is a position that looks, a column a position that is looked at:
 
@@ -17,7 +17,7 @@ layer, the same for all texts and all channels: what is read depends on the posi
 the tokens. Position embeddings are not needed, since each position has its own row and column.
 
     --mixing softmax          a softmax makes each row of W positive with the sum 1, as in attention
-    --mixing expanded         h = gelu(tril(W) @ x + bias), y = tril(W_out) @ h, with two hidden
+    --mixing expanded         h = gelu(tril(W_in) @ x + bias), y = tril(W) @ h, with two hidden
                               vectors h for each position
     --rotary                  pairs of channels of x are rotated by position first
 
@@ -25,10 +25,10 @@ Source: blbadger, "Smaller, Simpler Language Models" (a draft), and Badger 2024,
 section 3. Unlike there, a LayerNorm comes before the head. results/mixer.md tells what went wrong
 in the code of both.
 
-    python mixer.py --preset demo                                 three minutes on a laptop's CPU
+    python mixer.py --preset demo                                 some minutes on two CPU cores
     python mixer.py --device cuda --data data/NAME                8 layers, 512 positions, one GPU
 
-In the diff with gpt2.py: Mix instead of Attention, no wpe, and half a cache.
+In the diff with gpt2.py: Mix instead of Attention, no wpe, a head of its own, and half a cache.
 """
 
 import argparse
@@ -246,7 +246,7 @@ class Cache:
     """
 
     def __init__(self):
-        self.x = {}  # W: (B, S, C), or (B, 2, S, C)
+        self.x = {}  # W: (B, S, C); expanded, (B, 1, S, C) and (B, 2, S, C)
         self.length = 0  # S, the same for each W
 
     def select(self, rows):
@@ -415,8 +415,8 @@ def get_windows(tokens, starts, length):
 
 
 def get_batch(tokens, length, cfg, step):
-    """The windows, (B, length), that this process trains on in step `step`. They depend on seed and
-    step alone, so that a resumed run, or one on more devices, sees the same data."""
+    """The windows, (B, length), that this process trains on in step `step`. Those of all processes
+    depend on seed and step alone: a resumed run, or one on more devices, sees the same data."""
     rng = np.random.default_rng([cfg.seed, step])
     starts = rng.integers(len(tokens) - length + 1, size=cfg.batch_size)  # of all processes
     return get_windows(tokens, starts[rank::world_size], length)

@@ -22,7 +22,7 @@ what its code does instead. Related: Takase and Kiyono 2021 (arXiv 2104.06022) s
 order, which they call SEQUENCE. Bae et al. 2024 (arXiv 2410.20672, Relaxed Recursive Transformers)
 add LoRA to each use of a shared block.
 
-    python progressive.py --preset demo                           some minutes on a laptop's CPU
+    python progressive.py --preset demo                           some minutes on two CPU cores
     python progressive.py --device cuda --data data/NAME          the source's size on one GPU
 
 In the diff with gpt2.py: LoRALinear, the line of Model.forward that finds the block of a layer, and
@@ -556,8 +556,8 @@ def get_windows(tokens, starts, length):
 
 
 def get_batch(tokens, length, cfg, step):
-    """The windows, (B, length), that this process trains on in step `step`. They depend on seed and
-    step alone, so that a resumed run, or one on more devices, sees the same data."""
+    """The windows, (B, length), that this process trains on in step `step`. Those of all processes
+    depend on seed and step alone: a resumed run, or one on more devices, sees the same data."""
     rng = np.random.default_rng([cfg.seed, step])
     starts = rng.integers(len(tokens) - length + 1, size=cfg.batch_size)  # of all processes
     return get_windows(tokens, starts[rank::world_size], length)

@@ -46,7 +46,7 @@ The source is github.com/jrussell25/scratch-former, whose author wrote it to lea
 
 Its perplexity of 34.4 on WikiText-2 is that of some 960 tokens; --eval-only --stride 1 scores all.
 
-    python scratch_former.py --preset demo                           three minutes on a laptop's CPU
+    python scratch_former.py --preset demo                           some minutes on two CPU cores
     python scratch_former.py --device cuda --data data/wikitext2     the source's size on one GPU
 
 Unlike gpt2.py it has attention by its formula alone, norms after the sums, three objectives, four
@@ -818,8 +818,8 @@ def get_windows(tokens, starts, length):
 
 
 def get_batch(tokens, length, cfg, step):
-    """The windows, (B, length), that this process trains on in step `step`. They depend on seed and
-    step alone, so that a resumed run, or one on more devices, sees the same data."""
+    """The windows, (B, length), that this process trains on in step `step`. Those of all processes
+    depend on seed and step alone: a resumed run, or one on more devices, sees the same data."""
     rng = np.random.default_rng([cfg.seed, step])
     starts = rng.integers(len(tokens) - length + 1, size=cfg.batch_size)  # of all processes
     return get_windows(tokens, starts[rank::world_size], length)
