@@ -251,7 +251,7 @@ class Cache:
 
     def select(self, rows):
         """Text i is replaced by text rows[i]."""
-        self.x = {W: x[rows] for W, x in self.x.items()}
+        self.x = {W: x[rows, ...] for W, x in self.x.items()}
 
 
 # Named sizes and their training.
@@ -730,8 +730,6 @@ def train(cfg, options, ckpt):
 
     # A training window has the inputs and, `ahead` tokens later, the targets.
     length = cfg.block_size + model.ahead
-    if len(splits["train"]) < length:
-        raise UserError(f"{cfg.data}/train.bin has fewer than {length} tokens: lower --block-size")
     print0(
         f"{sum(p.numel() for p in model.parameters()):,} parameters, {device}, {dtype}, "
         f"{cfg.data} -> {out}"
@@ -761,6 +759,8 @@ def train(cfg, options, ckpt):
         write_atomically(out / name, lambda file: torch.save(state, file))
 
     if not options.eval_only:
+        if len(splits["train"]) < length:
+            raise UserError(f"{cfg.data}/train.bin: fewer than {length} tokens. Lower --block-size")
         print0(
             f"{cfg.max_steps:,} steps read the text "
             f"{cfg.max_steps * tokens_per_step / len(splits['train']):,.1f} times "

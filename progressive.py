@@ -72,7 +72,7 @@ class Config:
     data: str = "data/stdlib"  # folder that prepare_data.py wrote
     out: str = f"out/{Path(__file__).stem}"  # folder for ckpt.pt, best.pt and log.csv
     stages: str = "0.05,0.15"  # when stages 2 and 3 begin, as fractions of max_steps; 1 is never
-    export: str = ""  # file to write the finished model to, as a checkpoint of gpt2.py
+    export: str = ""  # at the end of a run: file for the model, as a checkpoint of gpt2.py
     device: str = "auto"  # cpu, cuda, cuda:1, mps; auto: a CUDA GPU if there is one
     dtype: str = "auto"  # float32, or bfloat16 or float16 (autocast); auto: a fast one
     compile: bool | None = None  # torch.compile; None: on NVIDIA's GPUs since 2017, under Linux
@@ -871,8 +871,6 @@ def train(cfg, options, ckpt):
 
     # A training window has the inputs and, `ahead` tokens later, the targets.
     length = cfg.block_size + model.ahead
-    if len(splits["train"]) < length:
-        raise UserError(f"{cfg.data}/train.bin has fewer than {length} tokens: lower --block-size")
     print0(
         f"{sum(p.numel() for p in model.parameters()):,} parameters, {device}, {dtype}, "
         f"{cfg.data} -> {out}"
@@ -902,6 +900,8 @@ def train(cfg, options, ckpt):
         write_atomically(out / name, lambda file: torch.save(state, file))
 
     if not options.eval_only:
+        if len(splits["train"]) < length:
+            raise UserError(f"{cfg.data}/train.bin: fewer than {length} tokens. Lower --block-size")
         print0(
             f"{cfg.max_steps:,} steps read the text "
             f"{cfg.max_steps * tokens_per_step / len(splits['train']):,.1f} times "

@@ -397,10 +397,12 @@ class Model(nn.Module):
     """A decoder (next), an encoder (masked), or both (spans). Besides what is said above:
 
     model(idx, targets)      masked, spans: hides some of idx, and scores what is hidden. A row of
-                             targets that ends with -1 says that this text does not count
+                             targets that ends with -1 says that this text does not count; any other
+                             text counts whole, also where the windows of --stride overlap
     model(idx)               masked: row i scores token i itself; a hidden token is vocab_size
-    model(idx, cache=cache)  spans: the first tokens are those of the encoder, with a sentinel for
-                             each span; then those of the decoder, from the first sentinel on
+    model(idx, cache=cache)  spans: the first call reads all tokens of the encoder, with a sentinel
+                             for each span, and the first sentinel of the decoder; later calls read
+                             what the decoder has written since
 
     Raises UserError if an option has an impossible value, or a text is longer than block_size.
     """
@@ -448,7 +450,7 @@ class Model(nn.Module):
 
         width = self.h[0].attn.d_k if cfg.position == "rotary" else cfg.n_embd
         if width % 2:
-            raise UserError(f"{width} channels (n_embd; in rotary, head_dim): an odd number")
+            raise UserError(f"{width} channels (n_embd; in rotary, head_dim) must be even")
         self.register_buffer("positions", positions(cfg.block_size, width), persistent=False)
         if cfg.position == "relative":
             # The biases of buckets and heads, (32, n_head). All blocks of a stack use one table,
@@ -1133,8 +1135,6 @@ def train(cfg, options, ckpt):
 
     # A training window has the inputs and, `ahead` tokens later, the targets.
     length = cfg.block_size + model.ahead
-    if len(splits["train"]) < length:
-        raise UserError(f"{cfg.data}/train.bin has fewer than {length} tokens: lower --block-size")
     print0(
         f"{sum(p.numel() for p in model.parameters()):,} parameters, {device}, {dtype}, "
         f"{cfg.data} -> {out}"
@@ -1164,6 +1164,8 @@ def train(cfg, options, ckpt):
         write_atomically(out / name, lambda file: torch.save(state, file))
 
     if not options.eval_only:
+        if len(splits["train"]) < length:
+            raise UserError(f"{cfg.data}/train.bin: fewer than {length} tokens. Lower --block-size")
         print0(
             f"{cfg.max_steps:,} steps read the text "
             f"{cfg.max_steps * tokens_per_step / len(splits['train']):,.1f} times "
