@@ -110,10 +110,7 @@ def main():
     runs.fill_page("long.md", "results", f"{machine()}, a thread a run.", [DATA["full"]], tables)
 
     def draw(figure):
-        labels = (
-            "bits per byte of val (lower is better)",
-            "share of repeated tokens named (higher is better)",
-        )
+        labels = "bits per byte (lower is better)", "share of copied tokens (higher is better)"
         for i, (axis, label) in enumerate(zip(figure.subplots(1, 2), labels)):
             for name, found in ends.items():
                 points = [(n, statistics.mean(end[i] for end in found[n])) for n in found]

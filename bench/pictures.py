@@ -12,7 +12,7 @@ import compare  # before torch, because train.py sets GOMP_SPINCOUNT first
 import leak
 import numpy as np
 import torch
-from runs import COLORS, GREY, curve, final, level, picture, slug, train_all
+from runs import COLORS, GREY, best_rates, curve, final, level, picture, slug, train_all
 from train import ROOT, prepare
 
 import gpt2
@@ -135,29 +135,32 @@ def draw_ahead(figure):
 @torch.no_grad()
 def draw_recall(figure):
     """Prints and draws the share of values read before that each model names, which depend on the
-    name and on the text. Each model has the best of three learning rates."""
+    name and on the text. Each model has the best of three learning rates after 1,000 steps."""
     models = {name: model for name, model in compare.MODELS.items() if "," not in name}
-    settings = []
-    for name, (_, rate) in models.items():
-        settings += [("recall", name, n, rate / x) for n in RECALL_STEPS for x in (4, 2, 1)]
 
     def command(_, name, steps, rate):
         options = f"{models[name][0]} {RECALL} --warmup-steps 100 --eval-interval {steps}"
         return f"{options} --max-steps {steps} --learning-rate {rate:g}"
 
+    def measure(pairs):
+        settings = {pair: ("recall", pair[0], RECALL_STEPS[0], pair[1]) for pair in pairs}
+        trained = train_all(FOLDER, [*settings.values()], command)
+        return {pair: final(trained[settings[pair]], "nats per token") for pair in pairs}
+
     write_tokens("named", 288, named)
-    trained = train_all(FOLDER, settings, command)
+    rates = {name: [rate / 4, rate / 2, rate] for name, (_, rate) in models.items()}
+    best = best_rates(rates, measure, widen=False)
+    train_all(FOLDER, [("recall", name, RECALL_STEPS[1], best[name]) for name in models], command)
     tokens, back = map(torch.from_numpy, named(np.random.default_rng(0), 512, 128))
     back = back[:, 1:]
     print("| | rate |", " | ".join(f"{n} to {2 * n - 1}" for n in BACK), "|")
     print("| --- " * 7 + "|")
     for axis, steps in zip(figure.subplots(1, 2, sharey=True), RECALL_STEPS):
         for name in models:
-            of_rates = [setting for setting in settings if setting[1:3] == (name, steps)]
-            best = min(of_rates, key=lambda setting: final(trained[setting], "nats per token"))
-            right = load(*best)(tokens[:, :-1]).argmax(-1) == tokens[:, 1:]
+            model = load("recall", name, steps, best[name])
+            right = model(tokens[:, :-1]).argmax(-1) == tokens[:, 1:]
             shares = [right[(n <= back) & (back < 2 * n)].float().mean().item() for n in BACK]
-            cells = [f"{name}, {steps:,} steps", f"{best[3]:g}", *(f"{x:.0%}" for x in shares)]
+            cells = [f"{name}, {steps:,} steps", f"{best[name]:g}", *(f"{x:.0%}" for x in shares)]
             print(f"| {' | '.join(cells)} |")
             curve(axis, [*zip(BACK, shares)], name)
         level(axis, 1 / 8, "chance")
