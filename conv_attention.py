@@ -928,7 +928,7 @@ def train(cfg, options, ckpt):
 
     if not options.eval_only:
         if len(splits["train"]) < length:
-            raise UserError(f"{cfg.data}/train.bin: fewer than {length} tokens. Lower --block-size")
+            raise UserError(f"{cfg.data}/train.bin: fewer than {length} tokens, lower --block-size")
         print0(
             f"{cfg.max_steps:,} steps read the text "
             f"{cfg.max_steps * tokens_per_step / len(splits['train']):,.1f} times "
