@@ -9,22 +9,22 @@
     (B, T/64, 384)                                    2 blocks
 
 The four rows are levels 0 to 3. The embeddings come before level 0 and the head after it, as in
-gpt2.py. `compress` makes one vector of four neighbours, laid end to end: Linear(4 C, 2 C), which is
-a Conv1d whose kernel size is its stride. `expand` makes four vectors of one: Linear(2 C, 4 C).
+gpt2.py. `compress` turns four neighbours, laid end to end, into one vector: Linear(4 C, 2 C), which
+is a Conv1d with kernel size 4 and stride 4. `expand` turns one into four: Linear(2 C, 4 C).
 
 --ahead 1 predicts the next token, like the Hourglass transformer (Nawrot et al. 2022, arXiv
     2110.13711, sections 2.2 and 2.3). A token must not see later tokens of its group of four, so
-    the groups are shifted by three tokens: see Level.hourglass. Skip connections, the long arrows
-    in the drawing, lead past the shorter levels. In sampling, the levels run at every token, every
-    4th, every 16th and every 64th.
+    the groups are shifted by three tokens: see Level.hourglass. Skip connections, the arrows from +
+    to + in the drawing, lead past the shorter levels. In sampling, the levels run at every token,
+    every 4th, every 16th and every 64th.
 --ahead 64, the default, is the source's objective: row i scores token i + 64. Whole blocks of 64
     tokens are read, and the 64 tokens of the next block are predicted at once, each by itself.
     There is no shift and no skip connection. What it learns is how often each token occurs, and
     hardly more: see results/conv_attention.md.
 
 Source: github.com/swortaljuju/lmsmall, "Convolution Attention Model". Its expander is a convolution
-that takes the positions of the sequence for its channels, so that each row sees the whole window,
-most of the targets included. bench/leak.py shows what this does to the loss.
+whose channels are the positions of the sequence, so each row sees the whole window, most of the
+targets included. bench/leak.py shows what this does to the loss.
 
     python conv_attention.py --preset demo --ahead 1            some minutes on two CPU cores
     python conv_attention.py --ahead 1 --device cuda            the source's size on one GPU
@@ -49,8 +49,8 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
-# On Linux, a thread that waits for others keeps its core busy, so that one other busy program makes
-# training up to 30 times slower. Now it sleeps after 1,000 tries (4% slower on an idle machine).
+# On Linux, a waiting thread keeps its core busy. If one other program is busy, training becomes up
+# to 30 times slower. With this setting, it sleeps after 1,000 tries (4% slower on an idle machine).
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import numpy as np
@@ -107,7 +107,7 @@ class Attention(nn.Module):
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, hs)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, T, 3, nh, hs) -> three times (B, nh, T, hs)
         if cache is not None:
-            # In sampling, see Cache below: (B, nh, S, hs), S - T earlier tokens, then the new T.
+            # In sampling, k and v become those of all S tokens, (B, nh, S, hs). The new T are last.
             k, v = cache.append(layer, k, v)
         S = k.size(2)
         dropout = self.dropout if self.training else 0.0
@@ -116,7 +116,7 @@ class Attention(nn.Module):
         # Query i is token S - T + i of the text. A single query is the last token: it may see all.
         mask = None
         # On a CPU in bfloat16, the formula of attention makes a training step 10% to 20% faster. In
-        # evaluation, torch's function is faster.
+        # evaluation, and with 512 tokens or more, torch's function is as fast or faster.
         on_cpu = q.device.type == "cpu"
         by_formula = self.training and on_cpu and q.dtype == torch.bfloat16 and S < 512
         if by_formula or 1 < T < S:
@@ -155,7 +155,7 @@ class Block(nn.Module):
         return x + self.drop(self.mlp(self.ln_2(x)))
 
 
-def sizes(cfg):
+def parse_sizes(cfg):
     """What n_layer and widths say, as three lists with a number for each level: blocks on the way
     down, blocks on the way up (none at level 3), and the width in channels."""
     try:
@@ -183,11 +183,11 @@ class Level(nn.Module):
 
     def __init__(self, cfg, depth=0):
         super().__init__()
-        n_down, n_up, widths = sizes(cfg)
+        n_down, n_up, widths = parse_sizes(cfg)
         C = widths[depth]
         self.cfg = replace(cfg, n_embd=C)  # for its blocks
         self.depth = depth
-        self.length = math.ceil(cfg.block_size / 64) * 64 // 4**depth  # of the longest sequence
+        self.max_length = math.ceil(cfg.block_size / 64) * 64 // 4**depth  # of a sequence
         self.down = nn.ModuleList(Block(self.cfg) for _ in range(n_down[depth]))
         self.up = nn.ModuleList(Block(self.cfg) for _ in range(n_up[depth]))
         if depth < 3:
@@ -208,7 +208,7 @@ class Level(nn.Module):
             if self.cfg.ahead == 1:
                 x = self.hourglass(x, caches)
             else:
-                x = self.whole_blocks(x, caches)
+                x = self.shorter(x, caches)  # blocks of 64: no group waits for a later token
         for layer, block in enumerate(self.up):
             x = block(x, cache, len(self.down) + layer)
         if cache is not None:
@@ -217,7 +217,8 @@ class Level(nn.Module):
 
     def hourglass(self, x, caches):
         """One ahead. Group j is tokens 4j - 3 to 4j, so it is complete when token 4j is read. What
-        the shorter levels make of it is added to tokens 4j to 4j + 3. None of these is earlier.
+        the shorter levels make of it is added to tokens 4j to 4j + 3: so no token receives anything
+        from a later one. (At levels 1 and 2, a "token" is a vector of level 1 or 2.)
 
             token      -3 -2 -1  0 | 1  2  3  4 | 5  6  7  8 |      -3 to -1 are vectors of zeros
             group           0      |     1      |     2      |
@@ -234,22 +235,21 @@ class Level(nn.Module):
         ungrouped = torch.cat([newest, x], dim=1)
         n = ungrouped.size(1) // 4  # groups that are complete now
         if n > 0:
-            # Four neighbours are laid end to end: (B, 4 n, C) -> (B, n, 4 C).
-            groups = self.ln_c(ungrouped[:, : 4 * n]).reshape(B, n, 4 * C)
-            y = self.inner(self.compress(groups), caches)  # (B, n, C')
-            y = self.expand(self.ln_e(y)).view(B, 4 * n, C)  # (B, n, 4 C) -> (B, 4 n, C)
+            y = self.shorter(ungrouped[:, : 4 * n], caches)  # (B, 4 n, C)
             expanded = torch.cat([expanded, y], dim=1)
         if cache is not None:
             cache.newest = ungrouped[:, 4 * n :]
             cache.expanded = expanded[:, T:]  # to be added to tokens that are still to come
         return x + expanded[:, :T]  # the skip connection
 
-    def whole_blocks(self, x, caches):
-        """64 ahead. x is whole blocks of 64 tokens, so the groups are complete at every level."""
+    def shorter(self, x, caches):
+        """What the shorter levels make of x (B, T, C), where T is a multiple of 4: (B, T, C)."""
         B, T, C = x.shape
         groups = self.ln_c(x).reshape(B, T // 4, 4 * C)  # four neighbours are laid end to end
-        y = self.inner(self.compress(groups), caches)  # (B, T/4, C')
-        return self.expand(self.ln_e(y)).view(B, T, C)  # (B, T/4, 4 C) -> (B, T, C)
+        # Under autocast, products are in 16 bits. The residual stream is in float32, at each level.
+        y = self.compress(groups).to(x.dtype)  # (B, T/4, C')
+        y = self.ln_e(self.inner(y, caches))
+        return self.expand(y).view(B, T, C).to(x.dtype)  # (B, T/4, 4 C) -> (B, T, C)
 
 
 # What every model file has. The training loop below and sample.py ask for no more than this:
@@ -262,7 +262,7 @@ class Level(nn.Module):
 #   model.new_cache(B)       an empty cache, for B texts that are read piece by piece
 #   model(idx, cache=cache)  reads the new tokens idx; logits (B, ahead, V) of the tokens after them
 #   cache.length             the number of tokens read so far
-#   cache.select(rows)       text i is replaced by text rows[i], as beam search needs it
+#   cache.select(rows)       text i becomes what text rows[i] was, as beam search needs it
 #   configure_optimizer, learning_rate, grow    three functions that the training loop calls
 
 
@@ -273,7 +273,7 @@ class Model(nn.Module):
 
     def __init__(self, cfg):
         super().__init__()
-        n_down, n_up, widths = sizes(cfg)
+        n_down, n_up, widths = parse_sizes(cfg)
         if any(width % cfg.n_head for width in widths):
             raise UserError(f"widths {widths} are not all multiples of n_head {cfg.n_head}")
         if cfg.ahead not in (1, 64):
@@ -304,18 +304,18 @@ class Model(nn.Module):
             raise UserError(f"{past + T} tokens do not fit block_size {self.cfg.block_size}")
         if cache is None:
             tokens = idx
-            levels = [None] * 4
+            caches = [None] * 4
             start = 0
-        else:  # what was computed before need not be computed again
+        else:  # mostly, only new tokens are computed: see Cache.feed
             tokens = cache.feed(idx)
-            levels = cache.levels
-            start = levels[0].length  # the position of tokens[:, 0]
-        if self.ahead == 64:  # blocks end where the text ends: end of text fills up the first one
+            caches = cache.levels
+            start = caches[0].length  # the position of tokens[:, 0]
+        if self.ahead == 64:  # the last block ends with the text, eot tokens fill up the first one
             eot = self.cfg.eot % self.cfg.vocab_size  # -1 is the last id
             tokens = F.pad(tokens, (-tokens.size(1) % 64, 0), value=eot)
         positions = torch.arange(start, start + tokens.size(1), device=idx.device)
-        x = self.drop(self.wte(tokens) + self.wpe(positions))  # (B, T, C), T with the padding
-        x = self.level(x, levels)
+        x = self.drop(self.wte(tokens) + self.wpe(positions))  # (B, T, C), or more than T
+        x = self.level(x, caches)
         if cache is None:
             x = x[:, -T:]  # without the padding
         else:
@@ -360,7 +360,7 @@ class Cache:
         return self.text
 
     def select(self, rows):
-        """Text i is replaced by text rows[i]."""
+        """Text i becomes what text rows[i] was."""
         rows = torch.as_tensor(rows).tolist()
         self.text = self.text[rows]
         for level in self.levels:
@@ -377,7 +377,7 @@ class LevelCache:
     def __init__(self, level, batch_size, like):
         cfg = level.cfg
         n_blocks = len(level.down) + len(level.up)
-        shape = (n_blocks, batch_size, cfg.n_head, level.length, cfg.n_embd // cfg.n_head)
+        shape = (n_blocks, batch_size, cfg.n_head, level.max_length, cfg.n_embd // cfg.n_head)
         self.k = like.new_empty(shape)
         self.v = like.new_empty(shape)
         self.length = 0  # positions that are filled, the same in all blocks of the level
@@ -394,14 +394,14 @@ class LevelCache:
         return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
 
     def select(self, rows):
-        """Text i is replaced by text rows[i]."""
+        """Text i becomes what text rows[i] was."""
         self.newest = self.newest[rows]
         self.expanded = self.expanded[rows]
         self.k = self.rearrange(self.k, rows)
         self.v = self.rearrange(self.v, rows)
 
     def rearrange(self, x, rows):
-        """Returns keys or values x (n_layer, B, nh, block_size, hs) with text rows[i] as text i.
+        """Returns keys or values x (blocks, B, nh, max_length, hs) with text rows[i] as text i.
         Beam search asks for this at every step, but few texts move then. Only these are copied, and
         only the positions that are filled."""
         n_layer, B, *sizes = x.shape
@@ -514,7 +514,7 @@ class LinearCrossEntropy(torch.autograd.Function):
             torch.addmm(bias.to(dtype), part, w.T, out=logits)
             torch.softmax(p.copy_(logits), dim=1, out=p)
             p_target = p.gather(1, targets[rows])  # (n, 1)
-            loss -= p_target.clamp(min=1e-38).log().sum()  # at most 87.5 nats a row
+            loss -= p_target.clamp(min=2e-38).log().sum()  # at most 86.8 nats a row
             if need_grad:
                 p.scatter_(1, targets[rows], p_target - 1)  # softmax - one_hot
                 grad = logits.copy_(p)  # (n, V), in `dtype`
@@ -538,9 +538,11 @@ def linear_cross_entropy(x, weight, targets, vocab_size, bias=None):
         logits = F.linear(x, weight, bias)[..., :vocab_size].flatten(0, 1)
         F.cross_entropy(logits, targets.flatten(), ignore_index=-1)
 
-    but never holds all the logits, the largest matrix of a step: for 8 x 256 tokens and 50,257 ids
-    they and their gradient need 0.8 GB. x (B, T, C), weight (V, C), bias (V); targets (B, T), where
-    -1 does not count. The rows of weight from vocab_size on are padding.
+    but never holds more than 512 rows of logits (4,096 on a GPU). The whole matrix of logits is the
+    largest one of a step: for 8 x 2,048 tokens and 50,257 ids, it and its gradient need 6.6 GB.
+
+    x (B, T, C), weight (V, C), bias (V); targets (B, T), where -1 does not count. Rows of weight
+    from vocab_size on are padding.
     """
     bias = weight.new_zeros(len(weight)) if bias is None else bias.clone()
     bias[vocab_size:] = -math.inf  # so that the padding has probability 0
@@ -577,7 +579,7 @@ def open_data(data):
 
 
 def get_windows(tokens, starts, length):
-    """The `length` tokens from each of the B positions `starts` on, as a tensor (B, length)."""
+    """B windows of `length` tokens, which begin at the positions `starts`: a tensor (B, length)."""
     index = starts[:, None] + np.arange(length)  # (B, length)
     return torch.from_numpy(tokens[index].astype(np.int64))
 
@@ -609,7 +611,7 @@ def evaluate(model, tokens, eot, amp, stride=None):
     # Repeat the last window until all batches have one shape. A repeat has no new targets. Example:
     # n = 10, T = stride = 4, B = 2: starts are 0, 4, 6, 6, new_targets 4, 4, 2, 0.
     starts = np.pad(starts, (0, -len(starts) % B), mode="edge")
-    new_targets = np.diff(starts + T, prepend=0)  # of a window: those that no window before it has
+    new_targets = np.diff(starts + T, prepend=0)  # for each window: how many are not scored before
 
     model.eval()
     total = 0.0
@@ -618,7 +620,7 @@ def evaluate(model, tokens, eot, amp, stride=None):
         count = torch.from_numpy(new_targets[i : i + B])  # (B)
         inputs = get_windows(text, start, T)  # (B, T)
         targets = get_windows(text, start + model.ahead, T)  # (B, T)
-        targets[torch.arange(T) < T - count[:, None]] = -1  # a window before has these
+        targets[torch.arange(T) < T - count[:, None]] = -1  # scored in a window before
         with amp:
             mean = model(inputs.to(device), targets.to(device)).item()
         total += mean * count.sum().item()
@@ -626,19 +628,20 @@ def evaluate(model, tokens, eot, amp, stride=None):
 
 
 def bits_per_byte(nats, counts):
-    """Converts nats per token to bits per byte. A bit is ln 2 nats; `counts` is of the split."""
+    """Converts nats per token to bits per byte. A bit is ln 2 nats. `counts` is of the whole split,
+    so for its first eval_tokens the result is an estimate."""
     return nats * (counts["tokens"] / counts["bytes"] / math.log(2))
 
 
 def describe(nats, counts, likelihood):
-    """A line about a loss in nats per token. If it is the likelihood of a text, the same total is
-    also given in bits per byte, and as perplexity: e to the power of the nats of one unit."""
+    """A line about a loss in nats per token. If it is the likelihood of a text, also in bits per
+    byte, and as perplexity per token, word and byte: e ** (all nats / their number)."""
     text = f"{nats:.4f} nats per token"
     if likelihood:
         text += f", {bits_per_byte(nats, counts):.4f} bits per byte; perplexity"
         for unit in ("token", "word", "byte"):
             power = nats * counts["tokens"] / max(1, counts[f"{unit}s"])
-            if power < 99:  # without spaces there are no words, or one huge word
+            if power < 99:  # not of a text without spaces, which is one huge word
                 text += f" {math.exp(power):,.4f} per {unit},"
     return text.rstrip(",")
 
@@ -806,8 +809,8 @@ def parse(argv):
 
 @contextmanager
 def catch_signals():
-    """In a `with` block of this, Ctrl-C and SIGTERM only add their number to a list, so that the
-    step can be finished and saved. A second one ends the program at once."""
+    """In `with catch_signals() as caught`, Ctrl-C and SIGTERM only add their number to `caught`, so
+    that the step can be finished and saved. The same signal again ends the program at once."""
     caught = []
 
     def catch(number, frame):
@@ -816,8 +819,8 @@ def catch_signals():
         # Not print: the signal may come in the middle of another print.
         os.write(2, b"stopping after this step; once more stops at once\n")
 
-    handlers = {}  # those from before
-    if threading.current_thread() is threading.main_thread():  # Python allows it in no other
+    handlers = {}  # those from before, which are set again at the end
+    if threading.current_thread() is threading.main_thread():  # no other may set handlers
         for number in (signal.SIGINT, signal.SIGTERM):
             handlers[number] = signal.signal(number, catch)
     try:
@@ -831,7 +834,7 @@ def prepare_model(model, use_compile):
     """(model to evaluate, model to train). The second gives all processes the mean of their
     gradients (DistributedDataParallel, DDP)."""
     if use_compile:
-        torch.compiler.reset()  # forget the network before it grew: torch keeps only a few
+        torch.compiler.reset()  # forget what was compiled before it grew: torch keeps only a few
         model = torch.compile(model)
     if world_size > 1:
         return model, nn.parallel.DistributedDataParallel(model)
@@ -847,7 +850,8 @@ def train(cfg, options, ckpt):
     if cfg.dropout >= 1 or cfg.batch_size < world_size:
         raise UserError(f"--dropout must be below 1, and --batch-size at least {world_size}")
 
-    # The device. Autocast computes matrix products in 16 bits; weights and sums stay in float32.
+    # The device. Autocast computes matrix products in 16 bits. Weights and their gradients, the
+    # residual stream and the loss stay in float32.
     device, dtype = choose_device(cfg.device, cfg.dtype)
     cuda = device.type == "cuda"
     if world_size > 1:
@@ -884,7 +888,7 @@ def train(cfg, options, ckpt):
     if ckpt:
         model.load_state_dict(ckpt["model"])
     if options.resume:
-        if "best_step" not in ckpt:  # of weights:gpt2 or of progressive.py --export, for example
+        if "best_step" not in ckpt:  # of prepare_data.py weights:gpt2 or progressive.py --export
             raise UserError(f"{out}/ckpt.pt has weights, but no run: --init-from starts one")
         step, tokens, seconds, best, best_step = (
             ckpt[k] for k in ("step", "tokens", "seconds", "best", "best_step")
@@ -894,7 +898,7 @@ def train(cfg, options, ckpt):
         scaler.load_state_dict(scaler.state_dict() | ckpt["scaler"])
         if any(ckpt["config"][name] != getattr(cfg, name) for name in ("data", "eval_tokens")):
             best = math.inf  # it is the loss of another text
-    ckpt.clear()  # frees its memory, 4 bytes for each parameter
+    ckpt.clear()  # frees its memory: 4 bytes for each parameter, or 12 with Adam's moments
 
     # A training window has the inputs and, `ahead` tokens later, the targets.
     length = cfg.block_size + model.ahead
@@ -954,8 +958,8 @@ def train(cfg, options, ckpt):
             torch.manual_seed(seed.generate_state(1).item())
 
             # Forward and backward, a micro-batch at a time. The gradients add up, so each mean loss
-            # is multiplied by its share of the batch. DDP divides gradients by world_size. It needs
-            # to exchange them between the processes in the last backward pass only.
+            # is multiplied by its share of the batch, and by world_size, since DDP divides by it.
+            # Only in the last backward pass, DDP needs to exchange gradients between processes.
             model.train()
             total = 0.0
             parts = rows.split(cfg.micro_batch)
@@ -1028,14 +1032,14 @@ def train(cfg, options, ckpt):
             f"rates are those of a run of N steps. Try python sample.py --ckpt '{out / name}'"
         )
 
-    # At the end, a whole split is evaluated, not only its first eval_tokens.
+    # At the end, the latest weights (not those of best.pt) are evaluated on a whole split.
     if options.split in splits and not stopped:
         nats = evaluate(compiled, splits[options.split], cfg.eot, amp, options.stride)
         print0(
             f"all of {options.split}: "
             f"{describe(nats, meta['splits'][options.split], model.likelihood)}"
         )
-    # What uses the process group must be gone before it, or the end of gloo's threads may hang.
+    # What uses the process group is deleted before it, or the program may hang at its end.
     del ddp_model
     gc.collect()
     if world_size > 1:
@@ -1047,7 +1051,7 @@ def train(cfg, options, ckpt):
 def main(argv=None):
     try:
         train(*parse(argv))
-    except KeyboardInterrupt:  # in an evaluation: training catches the signal
+    except KeyboardInterrupt:  # outside the training loop, or the second one in it
         print(f"{FILE}: interrupted", file=sys.stderr)
         sys.exit(130)  # as in a shell
     except (UserError, OSError, MemoryError) as e:

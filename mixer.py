@@ -13,22 +13,22 @@ W for a text of 4 tokens. A row is a position that looks, a column a position th
 
 Each w is a number that is learned. A dot is 0: no position looks at a later one. Attention computes
 such a matrix anew for each text and head, from queries and keys. Here it is a parameter of the
-layer, the same for all texts and all channels: what is read depends on the positions and never on
-the tokens. Position embeddings are not needed, since each position has its own row and column.
+layer, the same for all texts and all channels: its weights depend on the positions and never on the
+tokens. Position embeddings are not needed, since each position has its own row and column.
 
     --mixing softmax          a softmax makes each row of W positive with the sum 1, as in attention
-    --mixing expanded         h = gelu(tril(W_in) @ x + bias), y = tril(W) @ h, with two hidden
-                              vectors h for each position
+    --mixing expanded         h = gelu(tril(W_in) @ x + bias) are two hidden vectors for each
+                              position, and y is the sum of tril(W) @ h over both
     --rotary                  pairs of channels of x are rotated by position first
 
 Source: blbadger, "Smaller, Simpler Language Models" (a draft), and Badger 2024, arXiv 2409.01482,
-section 3. Unlike there, a LayerNorm comes before the head. results/mixer.md tells what went wrong
-in the code of both.
+section 3. Unlike there, a LayerNorm comes before the head, and the weights of ln_1 begin small (see
+Block). results/mixer.md tells what went wrong in the code of both.
 
     python mixer.py --preset demo                                 some minutes on two CPU cores
     python mixer.py --device cuda --data data/NAME                8 layers, 512 positions, one GPU
 
-In the diff with gpt2.py: Mix instead of Attention, no wpe, a head of its own, and half a cache.
+In the diff with gpt2.py: Mix instead of Attention, no wpe, a head of its own, and a smaller cache.
 """
 
 import argparse
@@ -47,8 +47,8 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-# On Linux, a thread that waits for others keeps its core busy, so that one other busy program makes
-# training up to 30 times slower. Now it sleeps after 1,000 tries (4% slower on an idle machine).
+# On Linux, a waiting thread keeps its core busy. If one other program is busy, training becomes up
+# to 30 times slower. With this setting, it sleeps after 1,000 tries (4% slower on an idle machine).
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import numpy as np
@@ -98,13 +98,13 @@ class Mix(nn.Module):
         self.rotary = cfg.rotary
         shape = [cfg.block_size] * 2
         if cfg.mixing == "expanded":
-            # Each position has two hidden units: W_in leads to them, W from them. Their bias has
-            # one dimension, so that weight decay leaves it alone.
+            # Each position has two hidden vectors: W_in leads to them, W from them. Their bias is a
+            # vector and not a matrix, so that weight decay leaves it alone.
             shape = (2, *shape)
             self.W_in = nn.Parameter(torch.empty(shape))
             self.bias = nn.Parameter(torch.empty(2 * cfg.block_size))
-        # A bias here would add one number to all channels of a position, and the next LayerNorm
-        # would subtract it again.
+        # W has no bias: it would add one number to all channels of a position, and the next
+        # LayerNorm would subtract it again.
         self.W = nn.Parameter(torch.empty(shape))
 
     def forward(self, x, cache=None):
@@ -126,8 +126,8 @@ class Mix(nn.Module):
         if cache is not None:
             cache.x[W] = x
         S = x.size(-2)
-        # Row i of W is the new position past + i, which may look at the columns 0 to past + i. The
-        # other columns are masked here, at every step, so that they have no gradient.
+        # What is left of W: row i is the new position past + i, which may look at the columns 0 to
+        # past + i. The other entries of a row are set to 0 in each pass, so they have no gradient.
         W = W[..., past:S, :S]  # (T, S), or (2, T, S)
         if self.mixing == "softmax":  # -inf for a later position, because a 0 becomes exp(0) = 1
             W = (W + torch.full_like(W, -math.inf).triu(past + 1)).softmax(-1)
@@ -140,10 +140,12 @@ def rotate(x, past):
     T, C = x.shape[1:]
     positions = torch.arange(past, past + T, device=x.device)[:, None]
     angle = positions / 10_000 ** (torch.arange(0, C, 2, device=x.device) / C)  # (T, C / 2)
-    angle = angle[..., None]
-    pairs = x.unflatten(-1, (-1, 2))  # (B, T, C / 2, 2)
-    turned = torch.stack((-pairs[..., 1], pairs[..., 0]), dim=-1)  # by a right angle
-    return (pairs * angle.cos() + turned * angle.sin()).flatten(2).to(x.dtype)  # (B, T, C)
+    even = x[..., ::2]  # (B, T, C / 2)
+    odd = x[..., 1::2]
+    cos = angle.cos()
+    sin = angle.sin()
+    rotated = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
+    return rotated.flatten(2).to(x.dtype)  # (B, T, C / 2, 2) -> (B, T, C)
 
 
 class MLP(nn.Module):
@@ -162,9 +164,9 @@ class Block(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         self.ln_1 = nn.LayerNorm(cfg.n_embd)
-        # A row of W adds up as many as block_size vectors that have much in common, and Adam moves
-        # all numbers of a row at once. So these vectors begin small: otherwise what they have in
-        # common drowns the tokens, and only the frequencies of tokens are learned.
+        # A row of W adds up as many as block_size vectors. What these have in common adds up, too,
+        # and hides what tells tokens apart. Adam makes it worse, since it moves the weights of a
+        # row together. Then only the frequencies of tokens are learned. So they begin small.
         nn.init.constant_(self.ln_1.weight, cfg.block_size**-0.5)
         self.mix = Mix(cfg)
         self.ln_2 = nn.LayerNorm(cfg.n_embd)
@@ -186,7 +188,7 @@ class Block(nn.Module):
 #   model.new_cache(B)       an empty cache, for B texts that are read piece by piece
 #   model(idx, cache=cache)  reads the new tokens idx; logits (B, ahead, V) of the tokens after them
 #   cache.length             the number of tokens read so far
-#   cache.select(rows)       text i is replaced by text rows[i], as beam search needs it
+#   cache.select(rows)       text i becomes what text rows[i] was, as beam search needs it
 #   configure_optimizer, learning_rate, grow    three functions that the training loop calls
 
 
@@ -212,7 +214,7 @@ class Model(nn.Module):
         for name, p in self.named_parameters():
             if p.dim() >= 2:
                 std = 0.02
-                if "c_proj" in name:  # x becomes the sum of 2 n_layer outputs of such layers
+                if "c_proj" in name:  # its output is one of 2 n_layer that are added to x
                     std /= math.sqrt(2 * cfg.n_layer)
                 nn.init.normal_(p, std=std)
             elif "bias" in name:
@@ -239,10 +241,11 @@ class Model(nn.Module):
 
 
 class Cache:
-    """What each W is multiplied by, of all tokens so far, so that one more token costs one row.
+    """The vectors that each W is multiplied by, of all tokens so far: a new token needs one row of
+    each W alone.
 
-    It is half as much as keys and values: one vector for each position and layer. With `expanded`
-    it is three vectors, since the two hidden ones are kept, too.
+    It is half as large as gpt2.py's: a vector for each position and layer, where that has a key and
+    a value. With `expanded` there are three, since the two hidden ones are kept, too.
     """
 
     def __init__(self):
@@ -250,7 +253,7 @@ class Cache:
         self.length = 0  # S, the same for each W
 
     def select(self, rows):
-        """Text i is replaced by text rows[i]."""
+        """Text i becomes what text rows[i] was."""
         self.x = {W: x[rows, ...] for W, x in self.x.items()}
 
 
@@ -346,7 +349,7 @@ class LinearCrossEntropy(torch.autograd.Function):
             torch.addmm(bias.to(dtype), part, w.T, out=logits)
             torch.softmax(p.copy_(logits), dim=1, out=p)
             p_target = p.gather(1, targets[rows])  # (n, 1)
-            loss -= p_target.clamp(min=1e-38).log().sum()  # at most 87.5 nats a row
+            loss -= p_target.clamp(min=2e-38).log().sum()  # at most 86.8 nats a row
             if need_grad:
                 p.scatter_(1, targets[rows], p_target - 1)  # softmax - one_hot
                 grad = logits.copy_(p)  # (n, V), in `dtype`
@@ -370,9 +373,11 @@ def linear_cross_entropy(x, weight, targets, vocab_size, bias=None):
         logits = F.linear(x, weight, bias)[..., :vocab_size].flatten(0, 1)
         F.cross_entropy(logits, targets.flatten(), ignore_index=-1)
 
-    but never holds all the logits, the largest matrix of a step: for 8 x 256 tokens and 50,257 ids
-    they and their gradient need 0.8 GB. x (B, T, C), weight (V, C), bias (V); targets (B, T), where
-    -1 does not count. The rows of weight from vocab_size on are padding.
+    but never holds more than 512 rows of logits (4,096 on a GPU). The whole matrix of logits is the
+    largest one of a step: for 8 x 2,048 tokens and 50,257 ids, it and its gradient need 6.6 GB.
+
+    x (B, T, C), weight (V, C), bias (V); targets (B, T), where -1 does not count. Rows of weight
+    from vocab_size on are padding.
     """
     bias = weight.new_zeros(len(weight)) if bias is None else bias.clone()
     bias[vocab_size:] = -math.inf  # so that the padding has probability 0
@@ -409,7 +414,7 @@ def open_data(data):
 
 
 def get_windows(tokens, starts, length):
-    """The `length` tokens from each of the B positions `starts` on, as a tensor (B, length)."""
+    """B windows of `length` tokens, which begin at the positions `starts`: a tensor (B, length)."""
     index = starts[:, None] + np.arange(length)  # (B, length)
     return torch.from_numpy(tokens[index].astype(np.int64))
 
@@ -441,7 +446,7 @@ def evaluate(model, tokens, eot, amp, stride=None):
     # Repeat the last window until all batches have one shape. A repeat has no new targets. Example:
     # n = 10, T = stride = 4, B = 2: starts are 0, 4, 6, 6, new_targets 4, 4, 2, 0.
     starts = np.pad(starts, (0, -len(starts) % B), mode="edge")
-    new_targets = np.diff(starts + T, prepend=0)  # of a window: those that no window before it has
+    new_targets = np.diff(starts + T, prepend=0)  # for each window: how many are not scored before
 
     model.eval()
     total = 0.0
@@ -450,7 +455,7 @@ def evaluate(model, tokens, eot, amp, stride=None):
         count = torch.from_numpy(new_targets[i : i + B])  # (B)
         inputs = get_windows(text, start, T)  # (B, T)
         targets = get_windows(text, start + model.ahead, T)  # (B, T)
-        targets[torch.arange(T) < T - count[:, None]] = -1  # a window before has these
+        targets[torch.arange(T) < T - count[:, None]] = -1  # scored in a window before
         with amp:
             mean = model(inputs.to(device), targets.to(device)).item()
         total += mean * count.sum().item()
@@ -458,19 +463,20 @@ def evaluate(model, tokens, eot, amp, stride=None):
 
 
 def bits_per_byte(nats, counts):
-    """Converts nats per token to bits per byte. A bit is ln 2 nats; `counts` is of the split."""
+    """Converts nats per token to bits per byte. A bit is ln 2 nats. `counts` is of the whole split,
+    so for its first eval_tokens the result is an estimate."""
     return nats * (counts["tokens"] / counts["bytes"] / math.log(2))
 
 
 def describe(nats, counts, likelihood):
-    """A line about a loss in nats per token. If it is the likelihood of a text, the same total is
-    also given in bits per byte, and as perplexity: e to the power of the nats of one unit."""
+    """A line about a loss in nats per token. If it is the likelihood of a text, also in bits per
+    byte, and as perplexity per token, word and byte: e ** (all nats / their number)."""
     text = f"{nats:.4f} nats per token"
     if likelihood:
         text += f", {bits_per_byte(nats, counts):.4f} bits per byte; perplexity"
         for unit in ("token", "word", "byte"):
             power = nats * counts["tokens"] / max(1, counts[f"{unit}s"])
-            if power < 99:  # without spaces there are no words, or one huge word
+            if power < 99:  # not of a text without spaces, which is one huge word
                 text += f" {math.exp(power):,.4f} per {unit},"
     return text.rstrip(",")
 
@@ -638,8 +644,8 @@ def parse(argv):
 
 @contextmanager
 def catch_signals():
-    """In a `with` block of this, Ctrl-C and SIGTERM only add their number to a list, so that the
-    step can be finished and saved. A second one ends the program at once."""
+    """In `with catch_signals() as caught`, Ctrl-C and SIGTERM only add their number to `caught`, so
+    that the step can be finished and saved. The same signal again ends the program at once."""
     caught = []
 
     def catch(number, frame):
@@ -648,8 +654,8 @@ def catch_signals():
         # Not print: the signal may come in the middle of another print.
         os.write(2, b"stopping after this step; once more stops at once\n")
 
-    handlers = {}  # those from before
-    if threading.current_thread() is threading.main_thread():  # Python allows it in no other
+    handlers = {}  # those from before, which are set again at the end
+    if threading.current_thread() is threading.main_thread():  # no other may set handlers
         for number in (signal.SIGINT, signal.SIGTERM):
             handlers[number] = signal.signal(number, catch)
     try:
@@ -663,7 +669,7 @@ def prepare_model(model, use_compile):
     """(model to evaluate, model to train). The second gives all processes the mean of their
     gradients (DistributedDataParallel, DDP)."""
     if use_compile:
-        torch.compiler.reset()  # forget the network before it grew: torch keeps only a few
+        torch.compiler.reset()  # forget what was compiled before it grew: torch keeps only a few
         model = torch.compile(model)
     if world_size > 1:
         return model, nn.parallel.DistributedDataParallel(model)
@@ -679,7 +685,8 @@ def train(cfg, options, ckpt):
     if cfg.dropout >= 1 or cfg.batch_size < world_size:
         raise UserError(f"--dropout must be below 1, and --batch-size at least {world_size}")
 
-    # The device. Autocast computes matrix products in 16 bits; weights and sums stay in float32.
+    # The device. Autocast computes matrix products in 16 bits. Weights and their gradients, the
+    # residual stream and the loss stay in float32.
     device, dtype = choose_device(cfg.device, cfg.dtype)
     cuda = device.type == "cuda"
     if world_size > 1:
@@ -716,7 +723,7 @@ def train(cfg, options, ckpt):
     if ckpt:
         model.load_state_dict(ckpt["model"])
     if options.resume:
-        if "best_step" not in ckpt:  # of weights:gpt2 or of progressive.py --export, for example
+        if "best_step" not in ckpt:  # of prepare_data.py weights:gpt2 or progressive.py --export
             raise UserError(f"{out}/ckpt.pt has weights, but no run: --init-from starts one")
         step, tokens, seconds, best, best_step = (
             ckpt[k] for k in ("step", "tokens", "seconds", "best", "best_step")
@@ -726,7 +733,7 @@ def train(cfg, options, ckpt):
         scaler.load_state_dict(scaler.state_dict() | ckpt["scaler"])
         if any(ckpt["config"][name] != getattr(cfg, name) for name in ("data", "eval_tokens")):
             best = math.inf  # it is the loss of another text
-    ckpt.clear()  # frees its memory, 4 bytes for each parameter
+    ckpt.clear()  # frees its memory: 4 bytes for each parameter, or 12 with Adam's moments
 
     # A training window has the inputs and, `ahead` tokens later, the targets.
     length = cfg.block_size + model.ahead
@@ -786,8 +793,8 @@ def train(cfg, options, ckpt):
             torch.manual_seed(seed.generate_state(1).item())
 
             # Forward and backward, a micro-batch at a time. The gradients add up, so each mean loss
-            # is multiplied by its share of the batch. DDP divides gradients by world_size. It needs
-            # to exchange them between the processes in the last backward pass only.
+            # is multiplied by its share of the batch, and by world_size, since DDP divides by it.
+            # Only in the last backward pass, DDP needs to exchange gradients between processes.
             model.train()
             total = 0.0
             parts = rows.split(cfg.micro_batch)
@@ -860,14 +867,14 @@ def train(cfg, options, ckpt):
             f"rates are those of a run of N steps. Try python sample.py --ckpt '{out / name}'"
         )
 
-    # At the end, a whole split is evaluated, not only its first eval_tokens.
+    # At the end, the latest weights (not those of best.pt) are evaluated on a whole split.
     if options.split in splits and not stopped:
         nats = evaluate(compiled, splits[options.split], cfg.eot, amp, options.stride)
         print0(
             f"all of {options.split}: "
             f"{describe(nats, meta['splits'][options.split], model.likelihood)}"
         )
-    # What uses the process group must be gone before it, or the end of gloo's threads may hang.
+    # What uses the process group is deleted before it, or the program may hang at its end.
     del ddp_model
     gc.collect()
     if world_size > 1:
@@ -879,7 +886,7 @@ def train(cfg, options, ckpt):
 def main(argv=None):
     try:
         train(*parse(argv))
-    except KeyboardInterrupt:  # in an evaluation: training catches the signal
+    except KeyboardInterrupt:  # outside the training loop, or the second one in it
         print(f"{FILE}: interrupted", file=sys.stderr)
         sys.exit(130)  # as in a shell
     except (UserError, OSError, MemoryError) as e:

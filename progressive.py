@@ -14,8 +14,8 @@ different as it goes on. From stage 2 on, the matrices of attention learn throug
 B begins at zero, and a copy computes what its original does. So the loss is the same before and
 after a switch to the next stage. The next switch adds (alpha / rank) B A to W, and A and B begin
 anew. While layers share a block, the learning rate is lower (peak_rate). With --lora-rank 0 nothing
-is frozen, for comparison. --export writes the finished model as a checkpoint of gpt2.py. It
-computes the same, and samples faster, because the sum is done already.
+is frozen, for comparison. --export writes the finished model as a checkpoint of gpt2.py. Its logits
+are the same, and it samples faster, because (alpha / rank) B A has been added to W.
 
 Source: github.com/swortaljuju/lmsmall, "Progressive Diverging model". results/progressive.md says
 what its code does instead. Related: Takase and Kiyono 2021 (arXiv 2104.06022) share blocks in this
@@ -26,7 +26,7 @@ add LoRA to each use of a shared block.
     python progressive.py --device cuda --data data/NAME          the source's size on one GPU
 
 In the diff with gpt2.py: LoRALinear, the line of Model.forward that finds the block of a layer, and
-grow with the functions above it, peak_rate among them.
+the functions from peak_rate to grow.
 """
 
 import argparse
@@ -45,8 +45,8 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-# On Linux, a thread that waits for others keeps its core busy, so that one other busy program makes
-# training up to 30 times slower. Now it sleeps after 1,000 tries (4% slower on an idle machine).
+# On Linux, a waiting thread keeps its core busy. If one other program is busy, training becomes up
+# to 30 times slower. With this setting, it sleeps after 1,000 tries (4% slower on an idle machine).
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import numpy as np
@@ -61,9 +61,9 @@ class Config:
     # The network: the fields above `data`. A checkpoint fixes them.
     vocab_size: int = 50257  # vocabulary size; training takes it from the data set
     block_size: int = 256  # longest context, in tokens
-    n_layer: int = 12  # layers, a multiple of 4; blocks are shared by several of them
-    stage: int = 1  # a block is used by 4 layers in stage 1, 2 in stage 2, 1 in stage 3
-    lora_rank: int = 32  # rank of B A, which attention trains from stage 2 on; 0: it trains W
+    n_layer: int = 12  # layers, a multiple of 4; in stages 1 and 2, several share a block
+    stage: int = 1  # goes up in training: 4 layers use a block in stage 1, 2 in stage 2, 1 in 3
+    lora_rank: int = 32  # of A and B, trained instead of W from stage 2 on; 0: W itself is trained
     lora_alpha: float = 64.0  # B A is multiplied by lora_alpha / lora_rank
     n_head: int = 6  # attention heads
     n_embd: int = 192  # width of the residual stream, in channels
@@ -71,8 +71,8 @@ class Config:
     # The run. These fields may change when a run is resumed.
     data: str = "data/stdlib"  # folder that prepare_data.py wrote
     out: str = f"out/{Path(__file__).stem}"  # folder for ckpt.pt, best.pt and log.csv
-    stages: str = "0.05,0.15"  # when stages 2 and 3 begin, as fractions of max_steps; 1 is never
-    export: str = ""  # at the end of a run: file for the model, as a checkpoint of gpt2.py
+    stages: str = "0.05,0.15"  # fractions of max_steps at which stages 2 and 3 begin; 1: never
+    export: str = ""  # file that gets the finished model, as a checkpoint of gpt2.py
     device: str = "auto"  # cpu, cuda, cuda:1, mps; auto: a CUDA GPU if there is one
     dtype: str = "auto"  # float32, or bfloat16 or float16 (autocast); auto: a fast one
     compile: bool | None = None  # torch.compile; None: on NVIDIA's GPUs since 2017, under Linux
@@ -132,7 +132,7 @@ class Attention(nn.Module):
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, hs)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, T, 3, nh, hs) -> three times (B, nh, T, hs)
         if cache is not None:
-            # In sampling, see Cache below: (B, nh, S, hs), S - T earlier tokens, then the new T.
+            # In sampling, k and v become those of all S tokens, (B, nh, S, hs). The new T are last.
             k, v = cache.append(layer, k, v)
         S = k.size(2)
         dropout = self.dropout if self.training else 0.0
@@ -141,7 +141,7 @@ class Attention(nn.Module):
         # Query i is token S - T + i of the text. A single query is the last token: it may see all.
         mask = None
         # On a CPU in bfloat16, the formula of attention makes a training step 10% to 20% faster. In
-        # evaluation, torch's function is faster.
+        # evaluation, and with 512 tokens or more, torch's function is as fast or faster.
         on_cpu = q.device.type == "cpu"
         by_formula = self.training and on_cpu and q.dtype == torch.bfloat16 and S < 512
         if by_formula or 1 < T < S:
@@ -190,7 +190,7 @@ class Block(nn.Module):
 #   model.new_cache(B)       an empty cache, for B texts that are read piece by piece
 #   model(idx, cache=cache)  reads the new tokens idx; logits (B, ahead, V) of the tokens after them
 #   cache.length             the number of tokens read so far
-#   cache.select(rows)       text i is replaced by text rows[i], as beam search needs it
+#   cache.select(rows)       text i becomes what text rows[i] was, as beam search needs it
 #   configure_optimizer, learning_rate, grow    three functions that the training loop calls
 
 
@@ -206,10 +206,10 @@ class Model(nn.Module):
             raise UserError(f"n_embd {cfg.n_embd} is not a multiple of n_head {cfg.n_head}")
         if cfg.n_layer % 4 or cfg.stage not in (1, 2, 3):
             raise UserError(
-                f"n_layer {cfg.n_layer} must be a multiple of 4, and stage {cfg.stage} must be "
-                "1, 2 or 3"
+                f"n_layer {cfg.n_layer} is not a multiple of 4, "
+                f"or stage {cfg.stage} is not 1, 2 or 3"
             )
-        if not re.fullmatch(r"\d*\.?\d+,\d*\.?\d+", cfg.stages):
+        if not re.fullmatch(r"(0|1|0?\.\d+),(0|1|0?\.\d+)", cfg.stages):
             raise UserError(f"stages {cfg.stages!r} must be two fractions, such as 0.05,0.15")
         self.cfg = cfg
         padded = math.ceil(cfg.vocab_size / 64) * 64  # matrix products of such a size are faster
@@ -224,7 +224,7 @@ class Model(nn.Module):
         for name, p in self.named_parameters():
             if p.dim() >= 2 and "lora" not in name:  # LoRALinear has set A and B
                 std = 0.02
-                if "c_proj" in name:  # x becomes the sum of 2 n_layer outputs of such layers
+                if "c_proj" in name:  # its output is one of 2 n_layer that are added to x
                     std /= math.sqrt(2 * cfg.n_layer)
                 nn.init.normal_(p, std=std)
             elif "bias" in name:
@@ -276,7 +276,7 @@ class Cache:
         return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
 
     def select(self, rows):
-        """Text i is replaced by text rows[i]."""
+        """Text i becomes what text rows[i] was."""
         rows = torch.as_tensor(rows).tolist()
         self.k = self.rearrange(self.k, rows)
         self.v = self.rearrange(self.v, rows)
@@ -336,12 +336,13 @@ def learning_rate(step, cfg):
 
 
 def peak_rate(cfg):
-    """A step moves a block in all of its layers at once, so the rate is divided by their number."""
+    """A step moves a block in all of its layers at once, so the rate is divided by their number. It
+    doubles at each switch."""
     return cfg.learning_rate / 2 ** (3 - cfg.stage)  # 4 layers in stage 1, then 2, then 1
 
 
 def unrolled(blocks, n):
-    """The weights, as a state dict, of n blocks that compute what `blocks` do: each is copied
+    """The weights, as a state dict, of n blocks that compute what `blocks` do: each is repeated
     n / len(blocks) times, and (alpha / rank) B A is added to W."""
     weights = {}
     for i in range(n):
@@ -359,27 +360,23 @@ def diverge(model, optimizer, cfg):
     anew. The optimizer then trains the new parameters, with the moments of their originals."""
     originals = model.h
     cfg.stage += 1
-    torch.manual_seed(cfg.seed + cfg.stage)  # A is the same in a resumed run
+    torch.manual_seed(cfg.seed + cfg.stage)  # so that a resumed run draws the same A
     model.h = nn.ModuleList(Block(cfg) for _ in range(2 * len(originals)))
     model.h.to(model.wte.weight.device)
     model.h.load_state_dict(unrolled(originals, len(model.h)), strict=False)  # all but A and B
 
     # optimizer.state[p] has what Adam knows of a parameter p: its two moments, and a step count.
-    # Block i is a copy of block i // 2, and begins with a copy of its moments. A and B have none.
-    # Outside the blocks, the parameters and their moments stay.
-    new = configure_optimizer(model, cfg)
-    for p in model.parameters():
-        if p in optimizer.state:
-            new.state[p] = optimizer.state[p]
+    # New block i is a copy of old block i // 2. It begins with a copy of its moments, but for what
+    # is frozen now. A and B begin without moments. Outside the blocks, nothing changes.
     for i, block in enumerate(model.h):
         original = dict(originals[i // 2].named_parameters())
         for name, p in block.named_parameters():
             if p.requires_grad and "lora" not in name:
                 state = optimizer.state[original[name]]
-                new.state[p] = {key: value.clone() for key, value in state.items()}
-    # The training loop keeps its optimizer, so it gets the contents of the new one.
-    optimizer.param_groups = new.param_groups
-    optimizer.state = new.state
+                optimizer.state[p] = {key: value.clone() for key, value in state.items()}
+    for p in originals.parameters():
+        optimizer.state.pop(p, None)
+    optimizer.param_groups = configure_optimizer(model, cfg).param_groups
 
 
 def export(model, cfg):
@@ -398,8 +395,8 @@ def export(model, cfg):
 
 
 def loss_of(model, cfg):
-    """The loss on the first 8,192 tokens of val.bin, in nats. Without autocast, which would round
-    it: a switch must not change it at all."""
+    """The loss on the first 8,192 tokens of val.bin, or of train.bin if there is no other, in nats.
+    Without autocast, which rounds W + B A in another way before a switch than after it."""
     meta, _, splits = open_data(cfg.data)
     tokens = splits.get("val", splits["train"])[: 2**13]
     no_autocast = torch.autocast(model.wte.weight.device.type, enabled=False)
@@ -412,7 +409,8 @@ def grow(model, optimizer, cfg, step):
         if cfg.export:
             export(model, cfg)
         return False
-    begin = [round(float(part) * cfg.max_steps) for part in cfg.stages.split(",")]  # stages 2 and 3
+    # The first steps of stages 2 and 3. begin[cfg.stage - 1] is that of the next stage.
+    begin = [round(float(part) * cfg.max_steps) for part in cfg.stages.split(",")]
     if cfg.stage == 3 or step < begin[cfg.stage - 1]:
         return False
     before = loss_of(model, cfg)
@@ -487,7 +485,7 @@ class LinearCrossEntropy(torch.autograd.Function):
             torch.addmm(bias.to(dtype), part, w.T, out=logits)
             torch.softmax(p.copy_(logits), dim=1, out=p)
             p_target = p.gather(1, targets[rows])  # (n, 1)
-            loss -= p_target.clamp(min=1e-38).log().sum()  # at most 87.5 nats a row
+            loss -= p_target.clamp(min=2e-38).log().sum()  # at most 86.8 nats a row
             if need_grad:
                 p.scatter_(1, targets[rows], p_target - 1)  # softmax - one_hot
                 grad = logits.copy_(p)  # (n, V), in `dtype`
@@ -511,9 +509,11 @@ def linear_cross_entropy(x, weight, targets, vocab_size, bias=None):
         logits = F.linear(x, weight, bias)[..., :vocab_size].flatten(0, 1)
         F.cross_entropy(logits, targets.flatten(), ignore_index=-1)
 
-    but never holds all the logits, the largest matrix of a step: for 8 x 256 tokens and 50,257 ids
-    they and their gradient need 0.8 GB. x (B, T, C), weight (V, C), bias (V); targets (B, T), where
-    -1 does not count. The rows of weight from vocab_size on are padding.
+    but never holds more than 512 rows of logits (4,096 on a GPU). The whole matrix of logits is the
+    largest one of a step: for 8 x 2,048 tokens and 50,257 ids, it and its gradient need 6.6 GB.
+
+    x (B, T, C), weight (V, C), bias (V); targets (B, T), where -1 does not count. Rows of weight
+    from vocab_size on are padding.
     """
     bias = weight.new_zeros(len(weight)) if bias is None else bias.clone()
     bias[vocab_size:] = -math.inf  # so that the padding has probability 0
@@ -550,7 +550,7 @@ def open_data(data):
 
 
 def get_windows(tokens, starts, length):
-    """The `length` tokens from each of the B positions `starts` on, as a tensor (B, length)."""
+    """B windows of `length` tokens, which begin at the positions `starts`: a tensor (B, length)."""
     index = starts[:, None] + np.arange(length)  # (B, length)
     return torch.from_numpy(tokens[index].astype(np.int64))
 
@@ -582,7 +582,7 @@ def evaluate(model, tokens, eot, amp, stride=None):
     # Repeat the last window until all batches have one shape. A repeat has no new targets. Example:
     # n = 10, T = stride = 4, B = 2: starts are 0, 4, 6, 6, new_targets 4, 4, 2, 0.
     starts = np.pad(starts, (0, -len(starts) % B), mode="edge")
-    new_targets = np.diff(starts + T, prepend=0)  # of a window: those that no window before it has
+    new_targets = np.diff(starts + T, prepend=0)  # for each window: how many are not scored before
 
     model.eval()
     total = 0.0
@@ -591,7 +591,7 @@ def evaluate(model, tokens, eot, amp, stride=None):
         count = torch.from_numpy(new_targets[i : i + B])  # (B)
         inputs = get_windows(text, start, T)  # (B, T)
         targets = get_windows(text, start + model.ahead, T)  # (B, T)
-        targets[torch.arange(T) < T - count[:, None]] = -1  # a window before has these
+        targets[torch.arange(T) < T - count[:, None]] = -1  # scored in a window before
         with amp:
             mean = model(inputs.to(device), targets.to(device)).item()
         total += mean * count.sum().item()
@@ -599,19 +599,20 @@ def evaluate(model, tokens, eot, amp, stride=None):
 
 
 def bits_per_byte(nats, counts):
-    """Converts nats per token to bits per byte. A bit is ln 2 nats; `counts` is of the split."""
+    """Converts nats per token to bits per byte. A bit is ln 2 nats. `counts` is of the whole split,
+    so for its first eval_tokens the result is an estimate."""
     return nats * (counts["tokens"] / counts["bytes"] / math.log(2))
 
 
 def describe(nats, counts, likelihood):
-    """A line about a loss in nats per token. If it is the likelihood of a text, the same total is
-    also given in bits per byte, and as perplexity: e to the power of the nats of one unit."""
+    """A line about a loss in nats per token. If it is the likelihood of a text, also in bits per
+    byte, and as perplexity per token, word and byte: e ** (all nats / their number)."""
     text = f"{nats:.4f} nats per token"
     if likelihood:
         text += f", {bits_per_byte(nats, counts):.4f} bits per byte; perplexity"
         for unit in ("token", "word", "byte"):
             power = nats * counts["tokens"] / max(1, counts[f"{unit}s"])
-            if power < 99:  # without spaces there are no words, or one huge word
+            if power < 99:  # not of a text without spaces, which is one huge word
                 text += f" {math.exp(power):,.4f} per {unit},"
     return text.rstrip(",")
 
@@ -779,8 +780,8 @@ def parse(argv):
 
 @contextmanager
 def catch_signals():
-    """In a `with` block of this, Ctrl-C and SIGTERM only add their number to a list, so that the
-    step can be finished and saved. A second one ends the program at once."""
+    """In `with catch_signals() as caught`, Ctrl-C and SIGTERM only add their number to `caught`, so
+    that the step can be finished and saved. The same signal again ends the program at once."""
     caught = []
 
     def catch(number, frame):
@@ -789,8 +790,8 @@ def catch_signals():
         # Not print: the signal may come in the middle of another print.
         os.write(2, b"stopping after this step; once more stops at once\n")
 
-    handlers = {}  # those from before
-    if threading.current_thread() is threading.main_thread():  # Python allows it in no other
+    handlers = {}  # those from before, which are set again at the end
+    if threading.current_thread() is threading.main_thread():  # no other may set handlers
         for number in (signal.SIGINT, signal.SIGTERM):
             handlers[number] = signal.signal(number, catch)
     try:
@@ -804,7 +805,7 @@ def prepare_model(model, use_compile):
     """(model to evaluate, model to train). The second gives all processes the mean of their
     gradients (DistributedDataParallel, DDP)."""
     if use_compile:
-        torch.compiler.reset()  # forget the network before it grew: torch keeps only a few
+        torch.compiler.reset()  # forget what was compiled before it grew: torch keeps only a few
         model = torch.compile(model)
     if world_size > 1:
         return model, nn.parallel.DistributedDataParallel(model)
@@ -820,7 +821,8 @@ def train(cfg, options, ckpt):
     if cfg.dropout >= 1 or cfg.batch_size < world_size:
         raise UserError(f"--dropout must be below 1, and --batch-size at least {world_size}")
 
-    # The device. Autocast computes matrix products in 16 bits; weights and sums stay in float32.
+    # The device. Autocast computes matrix products in 16 bits. Weights and their gradients, the
+    # residual stream and the loss stay in float32.
     device, dtype = choose_device(cfg.device, cfg.dtype)
     cuda = device.type == "cuda"
     if world_size > 1:
@@ -857,7 +859,7 @@ def train(cfg, options, ckpt):
     if ckpt:
         model.load_state_dict(ckpt["model"])
     if options.resume:
-        if "best_step" not in ckpt:  # of weights:gpt2 or of progressive.py --export, for example
+        if "best_step" not in ckpt:  # of prepare_data.py weights:gpt2 or progressive.py --export
             raise UserError(f"{out}/ckpt.pt has weights, but no run: --init-from starts one")
         step, tokens, seconds, best, best_step = (
             ckpt[k] for k in ("step", "tokens", "seconds", "best", "best_step")
@@ -867,7 +869,7 @@ def train(cfg, options, ckpt):
         scaler.load_state_dict(scaler.state_dict() | ckpt["scaler"])
         if any(ckpt["config"][name] != getattr(cfg, name) for name in ("data", "eval_tokens")):
             best = math.inf  # it is the loss of another text
-    ckpt.clear()  # frees its memory, 4 bytes for each parameter
+    ckpt.clear()  # frees its memory: 4 bytes for each parameter, or 12 with Adam's moments
 
     # A training window has the inputs and, `ahead` tokens later, the targets.
     length = cfg.block_size + model.ahead
@@ -927,8 +929,8 @@ def train(cfg, options, ckpt):
             torch.manual_seed(seed.generate_state(1).item())
 
             # Forward and backward, a micro-batch at a time. The gradients add up, so each mean loss
-            # is multiplied by its share of the batch. DDP divides gradients by world_size. It needs
-            # to exchange them between the processes in the last backward pass only.
+            # is multiplied by its share of the batch, and by world_size, since DDP divides by it.
+            # Only in the last backward pass, DDP needs to exchange gradients between processes.
             model.train()
             total = 0.0
             parts = rows.split(cfg.micro_batch)
@@ -1001,14 +1003,14 @@ def train(cfg, options, ckpt):
             f"rates are those of a run of N steps. Try python sample.py --ckpt '{out / name}'"
         )
 
-    # At the end, a whole split is evaluated, not only its first eval_tokens.
+    # At the end, the latest weights (not those of best.pt) are evaluated on a whole split.
     if options.split in splits and not stopped:
         nats = evaluate(compiled, splits[options.split], cfg.eot, amp, options.stride)
         print0(
             f"all of {options.split}: "
             f"{describe(nats, meta['splits'][options.split], model.likelihood)}"
         )
-    # What uses the process group must be gone before it, or the end of gloo's threads may hang.
+    # What uses the process group is deleted before it, or the program may hang at its end.
     del ddp_model
     gc.collect()
     if world_size > 1:
@@ -1020,7 +1022,7 @@ def train(cfg, options, ckpt):
 def main(argv=None):
     try:
         train(*parse(argv))
-    except KeyboardInterrupt:  # in an evaluation: training catches the signal
+    except KeyboardInterrupt:  # outside the training loop, or the second one in it
         print(f"{FILE}: interrupted", file=sys.stderr)
         sys.exit(130)  # as in a shell
     except (UserError, OSError, MemoryError) as e:

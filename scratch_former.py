@@ -9,7 +9,7 @@
     |    ln_1                             3.1: LayerNorm(x + Sublayer(x)), the norm after the sum
     x ---+
     |    mlp                              3.3, equation 2: max(0, x W_1 + b_1) W_2 + b_2
-    + <--+                                a block has two sums; there are n_layer blocks
+    + <--+                                n_layer blocks of two sums (three: cross-attention)
     |    ln_2
     |    lm_head                          a matrix of its own, with a bias
     v
@@ -18,8 +18,9 @@
 The numbers are sections and equations of Vaswani et al. 2017, arXiv 1706.03762. This file is not
 gpt2.py with a few changes. It is written anew: read it alone, beside the paper.
 
-GPT, BERT and T5 are this network. They differ in what a position may see, and in what is hidden.
-Here the text is `for i in range ( n`. [M] hides the token `i`, and <0> hides the span `i in`:
+GPT, BERT and T5 are variants of this network. They differ most in what a position may see, and in
+what is hidden. Here the text is `for i in range ( n`. [M] hides the token `i`, and <0> hides the
+span `i in`:
 
     --objective  next                 masked               spans
     as in        GPT                  BERT                 T5's encoder         T5's decoder
@@ -29,22 +30,24 @@ Here the text is `for i in range ( n`. [M] hides the token `i`, and <0> hides th
     sees         all before it                                                  it, and the encoder
 
 Hidden tokens are as in Devlin et al. 2018, arXiv 1810.04805, 3.1. Hidden spans are as in Raffel et
-al. 2020, arXiv 1910.10683, 3.1.4. In T5, the norms come before the sublayers. The options that vary
-the network (--position, --ff, --head-dim, --no-cross-kv) are from github.com/bri25yu/march.
+al. 2020, arXiv 1910.10683, 3.1.4 and 3.3.4, but the first sentinel is given and not predicted. In
+T5 and GPT-2, the norms come before the sublayers. The options that vary the network (--position,
+--ff, --head-dim, --no-cross-kv) are from github.com/bri25yu/march.
 
 The source is github.com/jrussell25/scratch-former, whose author wrote it to learn from the paper:
 
                     paper                   source                        here
     network         encoder and decoder     decoder                       by --objective
     embedding       times sqrt(C)           not scaled                    times sqrt(C)
-    + positions     dropout                 LayerNorm                     dropout
-    sinusoids of    pos / 10000^(2i / C)    pos / 10000^(2i): only 2 of   pos / 10000^(2i / C)
-                                            512 channels vary
+    after the sum   dropout                 LayerNorm                     dropout
+    sinusoids of    pos / 10000^(2i / C)    pos / 100000^(2i): only 2     pos / 10000^(2i / C)
+                                            of 512 channels vary
     lm_head         the weights of wte      weights of its own            weights of its own
     Adam's betas    0.9, 0.98               0.9, 0.999                    0.9, 0.98
     dropout         0.1                     0                             --dropout, 0 by default
 
-Its perplexity of 34.4 on WikiText-2 is that of some 960 tokens; --eval-only --stride 1 scores all.
+Its perplexity of 34.4 on WikiText-2 is that of some 960 tokens, each predicted from a whole window.
+--eval-only --stride 1 scores all tokens in this way.
 
     python scratch_former.py --preset demo                           some minutes on two CPU cores
     python scratch_former.py --device cuda --data data/wikitext2     the source's size on one GPU
@@ -69,8 +72,8 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-# On Linux, a thread that waits for others keeps its core busy, so that one other busy program makes
-# training up to 30 times slower. Now it sleeps after 1,000 tries (4% slower on an idle machine).
+# On Linux, a waiting thread keeps its core busy. If one other program is busy, training becomes up
+# to 30 times slower. With this setting, it sleeps after 1,000 tries (4% slower on an idle machine).
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import numpy as np
@@ -96,7 +99,7 @@ class Config:
     objective: str = "next"  # what is predicted: next, masked or spans; see the table above
     hide: float = 0.15  # share of the tokens that masked and spans hide, above 0 and below 1
     span_length: float = 3.0  # mean length of a hidden span, in tokens, at least 1
-    cross_kv: bool = True  # key and value matrices in cross-attention; no: the encoder's output
+    cross_kv: bool = True  # cross-attention has W^K and W^V; no: it reads the encoder's output
     eot: int = -1  # id of the end of text (-1: the last id); training takes it from the data set
     # The run. These fields may change when a run is resumed.
     data: str = "data/stdlib"  # folder that prepare_data.py wrote
@@ -128,12 +131,12 @@ CHOICES = {
 
 
 class Attention(nn.Module):
-    """Multi-head attention (3.2.2). Each query is compared with all keys. The result is the mean of
-    the values, in which a value counts more if its key is like the query.
+    """Multi-head attention (3.2.2). Each query is compared with all keys that the mask allows. The
+    result is a mean of the values, in which a value counts more if its key is like the query.
 
     Queries come from x. Keys and values come from x, too, or in cross-attention from the encoder's
-    output: with matrices of their own, or (`kv` is False) they are that output itself. Several
-    query heads may share one head of keys and values, so that fewer need to be cached (Shazeer
+    output. If `kv` is False, there is no W^K and no W^V: they are that output itself. Several query
+    heads may share one head of keys and values, so that fewer need to be cached (Shazeer
     2019, arXiv 1911.02150; Ainslie et al. 2023, arXiv 2305.13245).
     """
 
@@ -191,8 +194,9 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Feed-forward: C -> n_ff -> C, with a ReLU (3.3, equation 2) or a GELU. If there is a gate, a
-    third linear map of x, it multiplies the hidden units (Shazeer 2020, arXiv 2002.05202)."""
+    """Feed-forward: C -> n_ff -> C, with a ReLU (3.3, equation 2) or a GELU. In geglu and swiglu, a
+    second linear map of x, c_gate, multiplies the hidden units. It is the V of Shazeer 2020, arXiv
+    2002.05202. Others call the other factor, with the activation, the gate."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -233,8 +237,9 @@ class Block(nn.Module):
         return self.ln_2(x + self.drop(self.mlp(x)))
 
 
-# Positions. Attention alone would not know the order of the tokens. `sinusoid` and `learned` add a
-# vector to each embedding, `rotary` turns queries and keys, `relative` adds a number to each score.
+# Positions. Attention without a mask does not know the order of the tokens, and a causal mask only
+# hints at it. `sinusoid` and `learned` add a vector to each embedding, `rotary` turns queries and
+# keys, `relative` adds a number to each score.
 
 
 def positions(length, n_embd):
@@ -253,7 +258,7 @@ def positions(length, n_embd):
 def rotate(x, table):
     """Rotary positions (Su et al. 2021, arXiv 2104.09864, 3.2.2). Each pair of channels of x
     (B, nh, T, d_k) is turned by an angle that grows with the position; `table` (T, d_k) has the
-    sines and cosines. Then the product of a query and a key depends on their distance alone."""
+    sines and cosines. If a query and a key move by as many positions, their product is the same."""
     sin, cos = table[:, ::2], table[:, 1::2]  # (T, d_k / 2)
     x1, x2 = x[..., ::2], x[..., 1::2]  # (B, nh, T, d_k / 2)
     turned = torch.stack([x1 * cos - x2 * sin, x1 * sin + x2 * cos], -1)
@@ -270,10 +275,10 @@ def buckets(distance, causal):
 
     An encoder has 16 such buckets (8 and 8) for keys to the left, and 16 for keys to the right.
     """
-    near = 16 if causal else 8  # distances with a bucket each; as many buckets are for longer ones
+    near = 16 if causal else 8  # buckets of one distance each; as many more for longer ones
     d = distance.abs()
     far = (d.clamp(min=1) / near).log() / math.log(128 / near)  # 0 at `near` tokens, 1 at 128
-    # 16, 32 and 64 tokens are at the border of two buckets, so the rounding of the device's log
+    # Some distances, such as 32, are where a bucket begins, so the rounding of the device's log
     # would decide. With 1e-4 more, they are in the upper bucket on every device.
     far_bucket = near + (near * far + 1e-4).long()
     bucket = torch.where(d < near, d, far_bucket.clamp(max=2 * near - 1))
@@ -300,8 +305,8 @@ def hide_tokens(text, noise, cfg, training):
         targets  -1   b  -1   d  -1   f  -1   h       ranks 0 to 3
 
     80% of the hidden tokens become the mask id [M], which is vocab_size. 10% become random tokens,
-    and 10% stay as they are, because the texts that the model reads later have no mask id. In
-    evaluation, all become the mask id.
+    and 10% stay as they are, because BERT later reads texts without mask ids. In evaluation, all
+    become the mask id.
     """
     n_hidden, _ = hidden_lengths(cfg, text.size(1))
     n_masked = round(0.8 * n_hidden) if training else n_hidden
@@ -322,9 +327,9 @@ def random_numbers(noise, limit, n):
 
 
 def pick(values, wanted, n):
-    """Of values (B, S), those where `wanted` is True, n in each row. It equals
+    """Of each row of values (B, S), the first n where `wanted` is True. It equals
 
-        values[wanted].view(B, n)
+        torch.stack([row[w][:n] for row, w in zip(values, wanted)])
 
     but does not make the program wait until the GPU has counted them. A stable sort puts what is
     wanted first, and keeps its order.
@@ -347,12 +352,12 @@ def hide_spans(text, noise, cfg):
     T = text.size(1)
     n_hidden, n_spans = hidden_lengths(cfg, T)
 
-    # A row of n_hidden tokens is cut into spans: above at 1. Then each span gets a place between
-    # the T - n_hidden other tokens: above after 1 and after 3 of them.
+    # A row of n_hidden tokens is cut into spans: in the example, after 1 token. Then each span gets
+    # a place among the T - n_hidden other tokens: in the example, after 1 and after 3 of them.
     cuts = random_numbers(noise[0], n_hidden - 1, n_spans - 1) + 1  # (B, n_spans - 1)
     places = random_numbers(noise[1], T - n_hidden + 1, n_spans)  # (B, n_spans)
-    starts = places + F.pad(cuts, (1, 0))  # where each span starts: above 1 and 4
-    ends = places + F.pad(cuts, (0, 1), value=n_hidden)  # the position after it: above 2 and 6
+    starts = places + F.pad(cuts, (1, 0))  # where each span starts: 1 and 4
+    ends = places + F.pad(cuts, (0, 1), value=n_hidden)  # the position after it: 2 and 6
 
     # A new part begins at each start and each end; their running count is the number of the part.
     text = F.pad(text, (0, 1))  # (B, T + 1): the last end may be T. The id does not matter
@@ -362,13 +367,14 @@ def hide_spans(text, noise, cfg):
     hidden = part % 2 == 1
 
     # The first token of what becomes a sentinel is replaced by it, and the rest is left out.
+    # In `source`, the added position T would be the last token: `pick` takes one less.
     sentinel = cfg.vocab_size + part // 2
     source = pick(sentinel.where(hidden, text), begins | ~hidden, T - n_hidden + n_spans)
     target = pick(text.where(hidden, sentinel), begins | hidden, n_hidden + n_spans)
-    return source, F.pad(target, (1, 0), value=cfg.vocab_size)  # <0> is the gap before any edge
+    return source, F.pad(target, (1, 0), value=cfg.vocab_size)  # <0>: the first gap
 
 
-@torch.compiler.disable  # it cannot compile generators
+@torch.compiler.disable  # it cannot compile torch.Generator
 def fixed_noise(text):
     """Noise (2, B, T) for texts (B, T). The seed for each text is the sum of its ids, so its noise
     does not depend on the batch that it is in."""
@@ -389,7 +395,7 @@ def fixed_noise(text):
 #   model.new_cache(B)       an empty cache, for B texts that are read piece by piece
 #   model(idx, cache=cache)  reads the new tokens idx; logits (B, ahead, V) of the tokens after them
 #   cache.length             the number of tokens read so far
-#   cache.select(rows)       text i is replaced by text rows[i], as beam search needs it
+#   cache.select(rows)       text i becomes what text rows[i] was, as beam search needs it
 #   configure_optimizer, learning_rate, grow    three functions that the training loop calls
 
 
@@ -400,6 +406,7 @@ class Model(nn.Module):
                              targets that ends with -1 says that this text does not count; any other
                              text counts whole, also where the windows of --stride overlap
     model(idx)               masked: row i scores token i itself; a hidden token is vocab_size
+                             spans: hides some of idx; row i scores token i + 1 of the target
     model(idx, cache=cache)  spans: the first call reads all tokens of the encoder, with a sentinel
                              for each span, and the first sentinel of the decoder; later calls read
                              what the decoder has written since
@@ -430,7 +437,7 @@ class Model(nn.Module):
         # Ids past vocab_size: a mask id, which is only read; or sentinels, also predicted.
         n_extra = {"next": 0, "masked": 1, "spans": n_spans + 1}[objective]
         self.n_logits = cfg.vocab_size + spans * n_extra
-        padded = math.ceil((cfg.vocab_size + n_extra) / 64) * 64  # such products are faster
+        padded = math.ceil((cfg.vocab_size + n_extra) / 64) * 64  # for faster matrix products
 
         self.wte = nn.Embedding(padded, cfg.n_embd)
         self.drop = nn.Dropout(cfg.dropout)
@@ -454,9 +461,10 @@ class Model(nn.Module):
         self.register_buffer("positions", positions(cfg.block_size, width), persistent=False)
         if cfg.position == "relative":
             # The biases of buckets and heads, (32, n_head). All blocks of a stack use one table,
-            # which is in the first block. A bias begins as minus the bucket's number on its side,
-            # times 1, 1/2, 1/4, ... in the heads. So each head begins with what is near, at a scale
-            # of its own, as in ALiBi (Press et al. 2022, arXiv 2108.12409). T5 begins near zero.
+            # which is in the first block. A bias begins as -slope * n: n counts the buckets from
+            # near to far (on each side), and slope is 1, 1/2, 1/4, ... for the heads. So each head
+            # begins with what is near, at a scale of its own, much as in ALiBi (Press et al. 2022,
+            # arXiv 2108.12409), where n is the distance. T5 begins near zero.
             slope = 0.5 ** torch.arange(cfg.n_head)
             bucket = torch.arange(32.0)[:, None]
             self.h[0].relative_bias = nn.Parameter(-slope * (bucket % (32 if self.causal else 16)))
@@ -509,8 +517,8 @@ class Model(nn.Module):
         if cache is not None:
             return self.decode(idx, cache)
 
-        # Hide something. Then the network reads idx, and should predict `answers`, but not where
-        # they are -1.
+        # Hide some of the text. From here on, idx is what the network reads, and `answers` has the
+        # token to predict at each position, or -1 for none.
         cfg = self.cfg
         memory = None
         answers = targets
@@ -611,7 +619,7 @@ class Cache:
         return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
 
     def select(self, rows):
-        """Text i is replaced by text rows[i]."""
+        """Text i becomes what text rows[i] was."""
         rows = torch.as_tensor(rows).tolist()
         self.memory = [(k[rows], v[rows]) for k, v in self.memory]
         self.k = self.rearrange(self.k, rows)
@@ -633,7 +641,7 @@ class Cache:
         return new
 
 
-# Named sizes and their training. `masked` and `spans` read as many tokens in as many steps.
+# Named sizes and their training. `masked` and `spans` have the same batches and steps.
 BLANKS = dict(
     position="relative",
     block_size=128,
@@ -751,7 +759,7 @@ class LinearCrossEntropy(torch.autograd.Function):
             torch.addmm(bias.to(dtype), part, w.T, out=logits)
             torch.softmax(p.copy_(logits), dim=1, out=p)
             p_target = p.gather(1, targets[rows])  # (n, 1)
-            loss -= p_target.clamp(min=1e-38).log().sum()  # at most 87.5 nats a row
+            loss -= p_target.clamp(min=2e-38).log().sum()  # at most 86.8 nats a row
             if need_grad:
                 p.scatter_(1, targets[rows], p_target - 1)  # softmax - one_hot
                 grad = logits.copy_(p)  # (n, V), in `dtype`
@@ -775,9 +783,11 @@ def linear_cross_entropy(x, weight, targets, vocab_size, bias=None):
         logits = F.linear(x, weight, bias)[..., :vocab_size].flatten(0, 1)
         F.cross_entropy(logits, targets.flatten(), ignore_index=-1)
 
-    but never holds all the logits, the largest matrix of a step: for 8 x 256 tokens and 50,257 ids
-    they and their gradient need 0.8 GB. x (B, T, C), weight (V, C), bias (V); targets (B, T), where
-    -1 does not count. The rows of weight from vocab_size on are padding.
+    but never holds more than 512 rows of logits (4,096 on a GPU). The whole matrix of logits is the
+    largest one of a step: for 8 x 2,048 tokens and 50,257 ids, it and its gradient need 6.6 GB.
+
+    x (B, T, C), weight (V, C), bias (V); targets (B, T), where -1 does not count. Rows of weight
+    from vocab_size on are padding.
     """
     bias = weight.new_zeros(len(weight)) if bias is None else bias.clone()
     bias[vocab_size:] = -math.inf  # so that the padding has probability 0
@@ -814,7 +824,7 @@ def open_data(data):
 
 
 def get_windows(tokens, starts, length):
-    """The `length` tokens from each of the B positions `starts` on, as a tensor (B, length)."""
+    """B windows of `length` tokens, which begin at the positions `starts`: a tensor (B, length)."""
     index = starts[:, None] + np.arange(length)  # (B, length)
     return torch.from_numpy(tokens[index].astype(np.int64))
 
@@ -846,7 +856,7 @@ def evaluate(model, tokens, eot, amp, stride=None):
     # Repeat the last window until all batches have one shape. A repeat has no new targets. Example:
     # n = 10, T = stride = 4, B = 2: starts are 0, 4, 6, 6, new_targets 4, 4, 2, 0.
     starts = np.pad(starts, (0, -len(starts) % B), mode="edge")
-    new_targets = np.diff(starts + T, prepend=0)  # of a window: those that no window before it has
+    new_targets = np.diff(starts + T, prepend=0)  # for each window: how many are not scored before
 
     model.eval()
     total = 0.0
@@ -855,7 +865,7 @@ def evaluate(model, tokens, eot, amp, stride=None):
         count = torch.from_numpy(new_targets[i : i + B])  # (B)
         inputs = get_windows(text, start, T)  # (B, T)
         targets = get_windows(text, start + model.ahead, T)  # (B, T)
-        targets[torch.arange(T) < T - count[:, None]] = -1  # a window before has these
+        targets[torch.arange(T) < T - count[:, None]] = -1  # scored in a window before
         with amp:
             mean = model(inputs.to(device), targets.to(device)).item()
         total += mean * count.sum().item()
@@ -863,19 +873,20 @@ def evaluate(model, tokens, eot, amp, stride=None):
 
 
 def bits_per_byte(nats, counts):
-    """Converts nats per token to bits per byte. A bit is ln 2 nats; `counts` is of the split."""
+    """Converts nats per token to bits per byte. A bit is ln 2 nats. `counts` is of the whole split,
+    so for its first eval_tokens the result is an estimate."""
     return nats * (counts["tokens"] / counts["bytes"] / math.log(2))
 
 
 def describe(nats, counts, likelihood):
-    """A line about a loss in nats per token. If it is the likelihood of a text, the same total is
-    also given in bits per byte, and as perplexity: e to the power of the nats of one unit."""
+    """A line about a loss in nats per token. If it is the likelihood of a text, also in bits per
+    byte, and as perplexity per token, word and byte: e ** (all nats / their number)."""
     text = f"{nats:.4f} nats per token"
     if likelihood:
         text += f", {bits_per_byte(nats, counts):.4f} bits per byte; perplexity"
         for unit in ("token", "word", "byte"):
             power = nats * counts["tokens"] / max(1, counts[f"{unit}s"])
-            if power < 99:  # without spaces there are no words, or one huge word
+            if power < 99:  # not of a text without spaces, which is one huge word
                 text += f" {math.exp(power):,.4f} per {unit},"
     return text.rstrip(",")
 
@@ -1043,8 +1054,8 @@ def parse(argv):
 
 @contextmanager
 def catch_signals():
-    """In a `with` block of this, Ctrl-C and SIGTERM only add their number to a list, so that the
-    step can be finished and saved. A second one ends the program at once."""
+    """In `with catch_signals() as caught`, Ctrl-C and SIGTERM only add their number to `caught`, so
+    that the step can be finished and saved. The same signal again ends the program at once."""
     caught = []
 
     def catch(number, frame):
@@ -1053,8 +1064,8 @@ def catch_signals():
         # Not print: the signal may come in the middle of another print.
         os.write(2, b"stopping after this step; once more stops at once\n")
 
-    handlers = {}  # those from before
-    if threading.current_thread() is threading.main_thread():  # Python allows it in no other
+    handlers = {}  # those from before, which are set again at the end
+    if threading.current_thread() is threading.main_thread():  # no other may set handlers
         for number in (signal.SIGINT, signal.SIGTERM):
             handlers[number] = signal.signal(number, catch)
     try:
@@ -1068,7 +1079,7 @@ def prepare_model(model, use_compile):
     """(model to evaluate, model to train). The second gives all processes the mean of their
     gradients (DistributedDataParallel, DDP)."""
     if use_compile:
-        torch.compiler.reset()  # forget the network before it grew: torch keeps only a few
+        torch.compiler.reset()  # forget what was compiled before it grew: torch keeps only a few
         model = torch.compile(model)
     if world_size > 1:
         return model, nn.parallel.DistributedDataParallel(model)
@@ -1084,7 +1095,8 @@ def train(cfg, options, ckpt):
     if cfg.dropout >= 1 or cfg.batch_size < world_size:
         raise UserError(f"--dropout must be below 1, and --batch-size at least {world_size}")
 
-    # The device. Autocast computes matrix products in 16 bits; weights and sums stay in float32.
+    # The device. Autocast computes matrix products in 16 bits. Weights and their gradients, the
+    # residual stream and the loss stay in float32.
     device, dtype = choose_device(cfg.device, cfg.dtype)
     cuda = device.type == "cuda"
     if world_size > 1:
@@ -1121,7 +1133,7 @@ def train(cfg, options, ckpt):
     if ckpt:
         model.load_state_dict(ckpt["model"])
     if options.resume:
-        if "best_step" not in ckpt:  # of weights:gpt2 or of progressive.py --export, for example
+        if "best_step" not in ckpt:  # of prepare_data.py weights:gpt2 or progressive.py --export
             raise UserError(f"{out}/ckpt.pt has weights, but no run: --init-from starts one")
         step, tokens, seconds, best, best_step = (
             ckpt[k] for k in ("step", "tokens", "seconds", "best", "best_step")
@@ -1131,7 +1143,7 @@ def train(cfg, options, ckpt):
         scaler.load_state_dict(scaler.state_dict() | ckpt["scaler"])
         if any(ckpt["config"][name] != getattr(cfg, name) for name in ("data", "eval_tokens")):
             best = math.inf  # it is the loss of another text
-    ckpt.clear()  # frees its memory, 4 bytes for each parameter
+    ckpt.clear()  # frees its memory: 4 bytes for each parameter, or 12 with Adam's moments
 
     # A training window has the inputs and, `ahead` tokens later, the targets.
     length = cfg.block_size + model.ahead
@@ -1191,8 +1203,8 @@ def train(cfg, options, ckpt):
             torch.manual_seed(seed.generate_state(1).item())
 
             # Forward and backward, a micro-batch at a time. The gradients add up, so each mean loss
-            # is multiplied by its share of the batch. DDP divides gradients by world_size. It needs
-            # to exchange them between the processes in the last backward pass only.
+            # is multiplied by its share of the batch, and by world_size, since DDP divides by it.
+            # Only in the last backward pass, DDP needs to exchange gradients between processes.
             model.train()
             total = 0.0
             parts = rows.split(cfg.micro_batch)
@@ -1265,14 +1277,14 @@ def train(cfg, options, ckpt):
             f"rates are those of a run of N steps. Try python sample.py --ckpt '{out / name}'"
         )
 
-    # At the end, a whole split is evaluated, not only its first eval_tokens.
+    # At the end, the latest weights (not those of best.pt) are evaluated on a whole split.
     if options.split in splits and not stopped:
         nats = evaluate(compiled, splits[options.split], cfg.eot, amp, options.stride)
         print0(
             f"all of {options.split}: "
             f"{describe(nats, meta['splits'][options.split], model.likelihood)}"
         )
-    # What uses the process group must be gone before it, or the end of gloo's threads may hang.
+    # What uses the process group is deleted before it, or the program may hang at its end.
     del ddp_model
     gc.collect()
     if world_size > 1:
@@ -1284,7 +1296,7 @@ def train(cfg, options, ckpt):
 def main(argv=None):
     try:
         train(*parse(argv))
-    except KeyboardInterrupt:  # in an evaluation: training catches the signal
+    except KeyboardInterrupt:  # outside the training loop, or the second one in it
         print(f"{FILE}: interrupted", file=sys.stderr)
         sys.exit(130)  # as in a shell
     except (UserError, OSError, MemoryError) as e:

@@ -34,7 +34,7 @@ def expand_as_the_source(model):
     """
     for level in model.modules():
         if isinstance(level, conv_attention.Level) and level.depth < 3:
-            S = level.inner.length
+            S = level.inner.max_length
             level.expand = nn.Conv1d(S, 4 * S, kernel_size=2, stride=2)
 
 

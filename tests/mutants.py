@@ -39,7 +39,7 @@ MUTANTS = {
         ("range(rank * B, len(starts), world_size * B)", "range(0, len(starts), B)", "two_proc"),
         ("except (UserError,", "except (ValueError,", "student"),
         ("weights_only=True", "weights_only=False", "damaged"),
-        ("p_target.clamp(min=1e-38).log()", "p_target.log()", "no_probability"),
+        ("p_target.clamp(min=2e-38).log()", "p_target.log()", "no_probability"),
         ("grad_weight += grad.T @ part", "grad_weight = grad.T @ part", "loss_and_gradients"),
         ("factor = grad / len", "factor = 1 / len", "loss_and_gradients"),
         ("torch.get_autocast_dtype(device) if autocast else", "", "loss_holds"),

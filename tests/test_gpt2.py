@@ -129,7 +129,7 @@ def test_loss_of_a_target_of_no_probability_is_finite():
     x, weight = torch.tensor([[[1.0, 0]]]), torch.tensor([[200.0, 0], [0, 0]])
     arguments = (x, weight, torch.tensor([[1]]), 2, torch.zeros(2))
     loss, *grads = loss_and_gradients(gpt2.linear_cross_entropy, torch.float32, *arguments)
-    assert loss.item() == pytest.approx(87.5, abs=0.1)
+    assert loss.item() == pytest.approx(86.8, abs=0.1)
     assert [grad.tolist() for grad in grads] == [[[[200, 0]]], [[1, 0], [-1, 0]], [1, -1]]
 
 
