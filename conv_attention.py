@@ -401,7 +401,7 @@ class LevelCache:
         self.v = self.rearrange(self.v, rows)
 
     def rearrange(self, x, rows):
-        """Returns keys or values x (blocks, B, nh, max_length, hs) with text rows[i] as text i.
+        """Returns keys or values x (n_layer, B, nh, block_size, hs) with text rows[i] as text i.
         Beam search asks for this at every step, but few texts move then. Only these are copied, and
         only the positions that are filled."""
         n_layer, B, *sizes = x.shape

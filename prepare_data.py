@@ -44,8 +44,9 @@ not count all pairs again after each merge: it updates the counts that the merge
                    gpt2-large (3.2 GB) and gpt2-xl (6.4 GB)
 
 The first two need no network; openwebmath, openwebtext, fineweb-edu and other Parquet files need
-pyarrow. A tenth of a text is for validation; of the last four data sets it is less, so that it has
-some ten million tokens: 0.007 of maths-college, 0.0007 of openwebmath, 0.001 of the other two.
+pyarrow. A tenth of a text is for validation; wikitext2 and tinystories have files for it. Of the
+last four data sets it is less, so that it has some ten million tokens with all of their files:
+0.007 of maths-college, 0.0007 of openwebmath, 0.001 of the other two.
 """
 
 import argparse
@@ -79,12 +80,12 @@ import requests
 import tiktoken
 
 EOT = "<|endoftext|>"
-# GPT-2's: contractions, then words, numbers and the rest, each with one leading space, then white
-# space.
+# GPT-2's: contractions, then words, numbers and the rest, each with the space before it if there is
+# one, then white space.
 SPLIT_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 MAX_IDS = 2**16  # what uint16 holds
 BLOCK = 2**16  # characters of text that are read at once
-LONG_WORD = 2**13  # characters of a word that the BPE trainer looks at: a line of DNA is slow
+LONG_WORD = 2**13  # characters of a word, at most, that the BPE trainer reads: longer ones are slow
 BPE_BYTES = 2**26  # 64 MB of training text are enough for the BPE trainer
 
 
@@ -125,8 +126,8 @@ def train_bpe(words, vocab_size):
     heap = [entry(pair) for pair in counts]
     heapq.heapify(heap)
     while heap and len(tokens) < vocab_size - 1:
-        # The most frequent pair. Merges lower the counts of other pairs, whose entries stay as they
-        # were. Such an entry is put back with its count of now.
+        # The most frequent pair. A merge lowers the counts of other pairs, but not in their heap
+        # entries. An entry with an old count is put back with the new one.
         n, _, _, pair = heapq.heappop(heap)
         if counts[pair] != -n:
             if counts[pair] > 0:
@@ -181,8 +182,8 @@ def load_tokenizer(name, ranks=""):
 
     name: `bytes`, `bpe:N`, or one of tiktoken's names whose ids fit 16 bits. ranks: for `bpe:N`,
     the text of its tokenizer.tiktoken, which has a line for each token: its bytes in base64, and
-    its id. Raises UserError for other names, for damaged ranks, and if tiktoken cannot download its
-    own ranks.
+    its id. Raises UserError for other names, if fewer than 256 ranks are whole, and if tiktoken
+    cannot download its own ranks.
     """
     if name in ("gpt2", "r50k_base", "p50k_base", "p50k_edit"):
         try:
@@ -193,8 +194,9 @@ def load_tokenizer(name, ranks=""):
 
     tokens = [bytes([b]) for b in range(256)]
     if name.startswith("bpe:"):
-        # A line that was cut is left out. Then there are fewer ids than meta.json says.
-        tokens = map(base64.b64decode, re.findall(r"^(\S+) \d+$", ranks, re.MULTILINE))
+        # A damaged line is left out. Then there are fewer ids than meta.json says.
+        lines = re.findall(r"^((?:[A-Za-z0-9+/=]{4})+) \d+$", ranks, re.MULTILINE)
+        tokens = map(base64.b64decode, lines)
     elif name != "bytes":
         names = "bpe:N, bytes, gpt2, r50k_base, p50k_base, p50k_edit or a folder of token files"
         raise UserError(
@@ -240,7 +242,7 @@ def sha256_of(path):
 def show_progress(what, size):
     """Writes one line on the terminal, again and again. size: in bytes, so far."""
     if sys.stderr.isatty():
-        print(f"{what}: {size / 1e6:,.1f} MB", end="\r", file=sys.stderr)
+        print(f"{what}: {size / 1e6:,.1f} MB\033[K", end="\r", file=sys.stderr)
 
 
 def fetch(url, part):
@@ -250,7 +252,7 @@ def fetch(url, part):
     # identity: not compressed. Range: from byte `done` on.
     headers = {"Accept-Encoding": "identity", "Range": f"bytes={done}-"}
     with requests.get(url, headers=headers, stream=True, timeout=20) as response:
-        if response.status_code == 416:  # there is no such byte: `part` is of another file
+        if response.status_code == 416:  # no such byte: `part` is whole, or of another file
             part.unlink()
         response.raise_for_status()
         if response.status_code != 206:  # the server sends the whole file, and not the range
@@ -340,7 +342,8 @@ DATASETS = {
 }
 NAMES = ("stdlib", "python", *DATASETS)
 
-# Left out of Python's sources: tests, generated files, and tables, which would drown the code.
+# Left out of Python's sources: packages, tests, demos, generated files, and tables, which would
+# drown the code.
 SKIP = r"(^|/)(site-packages|tests?|idle_test|encodings|pydoc_data|lib2to3|turtledemo)/"
 SKIP += "|^(config-|_sysconfigdata)"
 
@@ -355,7 +358,7 @@ def find_package_files(requirements):
         if name in seen:
             continue
         seen.add(name)
-        with suppress(metadata.PackageNotFoundError):  # required on other systems only
+        with suppress(metadata.PackageNotFoundError):  # it may be required on other systems
             package = metadata.distribution(name)
             todo += [line for line in package.requires or [] if "extra ==" not in line]
             for file in sorted(package.files or []):
@@ -575,8 +578,7 @@ def read_fields(path, fields, notes):
         notes["rows"] += 1
         if texts:
             # "\ud800" is JSON but not Unicode: it becomes U+FFFD.
-            text = "\n\n".join(texts)
-            yield text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+            yield re.sub("[\ud800-\udfff]", "\ufffd", "\n\n".join(texts))
         else:
             notes["rows without text"] += 1
     if missing and first:
@@ -586,8 +588,8 @@ def read_fields(path, fields, notes):
 
 def read(files, args, notes):
     """Yields (split, document). split: train, val or test, or None if the source does not tell it.
-    document: a text, or the path of a text file. What the reader should know is counted in the
-    Counter `notes`."""
+    document: a text, or the path of a text file. The Counter `notes` counts what the user should be
+    told."""
     for path in files:
         split = None
         if args.name == "tinystories":
@@ -609,10 +611,9 @@ def read(files, args, notes):
 
 
 def cut(document):
-    """Yields a document in pieces of about BLOCK characters, cut between a letter and the white
-    space after it. There GPT-2's pattern always splits, so the ids of the pieces are those of the
-    whole. A text without such a place is cut anywhere: tiktoken overflows its stack on long words.
-    """
+    """Yields a document in pieces of about BLOCK characters, cut where white space begins. There
+    GPT-2's pattern always splits, so the ids of the pieces are those of the whole. Without such a
+    place, a text is cut after 8 BLOCK: tiktoken overflows its stack on long words."""
     text = ""
     for block in read_blocks(document):
         text += block
@@ -630,8 +631,8 @@ def cut(document):
 
 
 def encode(tokenizer, text):
-    """The ids of a text, as in the token files: a list. tokenizer: what load_tokenizer returns. It
-    has a method that does the same, but panics at a million spaces, so the text is cut first."""
+    """The ids of a text, as in the token files: a list. tokenizer: what load_tokenizer returns. The
+    text is cut first, because `tokenizer.encode_ordinary` alone panics at a million spaces."""
     ids = []
     for piece in cut(text):
         ids += tokenizer.encode_ordinary(piece)
@@ -639,10 +640,10 @@ def encode(tokenizer, text):
 
 
 def find_boundary(files, args):
-    """Returns None if each document goes to train or val by its hash: it stays there when other
-    documents are added. Of few documents the hash may choose none for val. So they are split by
-    position: the first characters of all texts together, as many as this function returns, are for
-    training."""
+    """Returns how many characters of all texts together are for training. The rest is for val: few
+    documents are split by position, since a hash might choose none of them for val. Returns None if
+    there are enough. Then the hash of each document decides, so that it stays in its split when
+    others are added."""
     if args.val_fraction == 0:
         return None
     many = math.ceil(10 / min(args.val_fraction, 1 - args.val_fraction))  # ten in the smaller split
@@ -658,8 +659,8 @@ def split_by_hash(document, val_fraction):
     sha = hashlib.sha256()
     for block in read_blocks(document):
         sha.update(block.encode())
-    number = int.from_bytes(sha.digest()[:8], "big")  # as if drawn from 0 .. 2**64 - 1
-    return "val" if number < val_fraction * 2**64 else "train"
+    number = int(sha.hexdigest(), 16)  # as if drawn from 0 .. 2**256 - 1
+    return "val" if number < val_fraction * 2**256 else "train"
 
 
 def pieces(files, args, boundary, notes):
@@ -709,7 +710,7 @@ def write_splits(pieces, tokenizer, folder):
     files = {}  # split -> its file
     splits = defaultdict(Counter)  # split -> its counts
     newest = {}  # split -> number of the document that was written to it last
-    with ExitStack() as stack, ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ExitStack() as stack, ThreadPoolExecutor() as pool:
 
         def encode_piece(piece):
             return tokenizer.encode_to_numpy(piece[2], disallowed_special=())
@@ -777,7 +778,7 @@ def write_data_set(args, files, origin, ranks, folder):
         print(f"  line ends CRLF became LF in {notes['files with CRLF']:,} of {len(files):,} files")
 
 
-# A folder without meta.json is no data set. So it is removed first, and comes back last.
+# A folder without meta.json is no data set. So meta.json is removed first, and moved last.
 FILES = ("meta.json", "tokenizer.tiktoken", "train.bin", "val.bin", "test.bin")
 
 
@@ -795,7 +796,7 @@ def read_meta(out):
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as e:
-        raise UserError(f"{path}: damaged ({e}). --force overwrites it") from e
+        raise UserError(f"{path}: damaged ({e}). Prepare that data set again with --force") from e
 
 
 def prepare(args, out):
@@ -808,14 +809,16 @@ def prepare(args, out):
         "source": args.name if args.name in NAMES else str(Path(args.name).resolve()),
         "field": args.field,
         "val_fraction": args.val_fraction,
+        "shards": args.shards,
     }
     if (out / "meta.json").exists() and not args.force:
         old = read_meta(out)
-        changed = [key for key in origin if old.get(key, origin[key]) != origin[key]]
+        changed = [
+            f"{key} {old[key]}" for key in origin if old.get(key, origin[key]) != origin[key]
+        ]
         if changed:
-            made = ", ".join(f"{key} {old[key]}" for key in changed)
             hint = "Choose another folder with --out, or overwrite this one with --force"
-            raise UserError(f"{out} was made with {made}. {hint}")
+            raise UserError(f"{out} was made with {', '.join(changed)}. {hint}")
 
     if ranks or not name.startswith("bpe:"):
         load_tokenizer(name, ranks)  # if there is no such tokenizer, fail before a download

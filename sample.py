@@ -36,8 +36,8 @@ import time
 from itertools import takewhile
 from pathlib import Path
 
-# On Linux, a thread that waits for others keeps its core busy, so that one other busy program makes
-# training up to 30 times slower. Now it sleeps after 1,000 tries (4% slower on an idle machine).
+# On Linux, a waiting thread keeps its core busy. If one other program is busy, training becomes up
+# to 30 times slower. With this setting, it sleeps after 1,000 tries (4% slower on an idle machine).
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import torch
@@ -49,8 +49,9 @@ from gpt2 import UserError, choose_device, read_checkpoint  # the same code in e
 
 @torch.no_grad()
 def plain_generate(model, idx, max_new_tokens, temperature=1.0):
-    """The whole idea. `generate` draws from the same distribution, as long as the text fits in the
-    window. What it adds: a cache, filters, two methods that do not draw, and the end of text."""
+    """The whole idea, for a model in eval mode that predicts one token ahead. `generate` draws from
+    the same distribution with decode="temperature", as long as the text fits in the window. What it
+    adds: a cache, filters, two methods that do not draw, and the end of text."""
     for _ in range(max_new_tokens):
         window = idx[:, -model.cfg.block_size :]  # what the network can read
         logits = model(window)[:, -1]  # (B, V), of the next token
@@ -60,7 +61,8 @@ def plain_generate(model, idx, max_new_tokens, temperature=1.0):
     return idx
 
 
-# A decoder, and its default of a filter. (`generate` has a default of 1 for all temperatures.)
+# Each decoder, and the filter that it sets if no other is given. (0.7 is for the command line: in
+# `generate` a temperature that is not given is 1.)
 DECODERS = {
     "greedy": {},
     "beam": {},
@@ -84,7 +86,7 @@ def choose(logits, decode, temperature=1.0, top_k=None, top_p=None, generator=No
     if top_p is None:
         top_p = defaults.get("top_p", math.inf)
 
-    logits = logits / max(temperature, 1e-30)  # not less, or they become infinite
+    logits = logits / max(temperature, 1e-30)  # not less, or the logits become infinite
     V = logits.size(-1)
     ids = torch.arange(V, device=logits.device).expand_as(logits)  # (B, V)
     if top_k:  # 0: no filter
@@ -141,7 +143,7 @@ def crop(idx, block_size, max_new_tokens):
 
 class Context:
     """The tokens of B texts so far, (B, T), and the cache with which the network reads only what is
-    new. Any network will do that has new_cache, ahead and cfg.block_size, as in gpt2.py."""
+    new. It works for any model with cfg.block_size, new_cache and model(idx, cache=cache)."""
 
     def __init__(self, model, tokens, use_cache):
         self.model = model
@@ -156,7 +158,7 @@ class Context:
         self.tokens = torch.cat([self.tokens, token[:, None]], dim=1)
 
     def select(self, rows):
-        """Text i is replaced by text rows[i]."""
+        """Text i becomes what text rows[i] was."""
         self.tokens = self.tokens[rows]
         self.pending = [logits[rows] for logits in self.pending]
         self.cache.select(rows)
@@ -179,7 +181,7 @@ class Context:
         window = self.tokens[:, self.start :]
         if self.cache is not None and self.use_cache:
             return self.model(window[:, self.cache.length :], cache=self.cache)
-        # Equal texts are read once: at first, many samples of one prompt, and all of a beam.
+        # Equal texts are read once. At first, all samples of a prompt are equal, and all of a beam.
         distinct, rows = window.cpu().unique(dim=0, return_inverse=True)
         self.cache = self.model.new_cache(len(distinct))
         logits = self.model(distinct.to(window.device), cache=self.cache)
@@ -205,7 +207,8 @@ def generate(
 ):
     """Continues prompts. Returns the new tokens (B, n), n <= max_new_tokens, without the prompts.
     Cuts long prompts, as `crop` says, and puts the model into eval mode. Raises TypeError for
-    prompts of another kind, and UserError, a ValueError, for other arguments out of range."""
+    prompts of another kind, and UserError, a ValueError, for an unknown decoder, and for a filter
+    or a beam_width that is out of range."""
     if not torch.is_tensor(idx) or idx.dtype != torch.long or idx.dim() != 2 or 0 in idx.shape:
         raise TypeError("needs idx (B, T), a LongTensor: torch.tensor([tokenizer.encode(text)])")
     if decode not in DECODERS:
@@ -249,7 +252,7 @@ def beam_search(model, idx, max_new_tokens, width, length_penalty, eot, use_cach
 
     for length in range(1, max_new_tokens + 1):
         # The candidates: of each hypothesis, then of each prompt, the 2 width best. Even if
-        # `width` of them end, `width` remain. The first choice makes the second one faster.
+        # `width` of them end, `width` remain. Choosing within each hypothesis first is faster.
         logits = context.logits()  # (B * width, V)
         likely, ids = logits.topk(min(2 * width, logits.size(-1)))  # (B * width, k)
         longer = logp.view(-1, 1) + likely - logits.logsumexp(-1, keepdim=True)
@@ -265,8 +268,9 @@ def beam_search(model, idx, max_new_tokens, width, length_penalty, eot, use_cach
                 best_score[b] = score
                 best_tokens[b] = torch.cat([context.tokens[rows[b, i], T:], tokens[b, i, None]])
 
-        # The best of all that go on. A log-probability is negative and can only fall. So the best
-        # score that it can reach is at the greatest length, or with a penalty <= 0 at this one.
+        # The best of all that go on. Its log-probability is negative and can only fall. So the best
+        # score that it can reach has this log-probability, and the greatest length. With a penalty
+        # <= 0, it has the present length.
         logp, keep = candidates.masked_fill(ends, -math.inf).topk(width)
         reach = max_new_tokens if length_penalty > 0 else length
         if all(logp[b, 0].item() / reach**length_penalty <= best_score[b] for b in range(B)):
@@ -282,9 +286,10 @@ BLANK = "<blank>"  # in a prompt: one token (masked), or a text of any length (s
 
 
 def fill(model, idx, max_new_tokens=200, decode="greedy", **options):
-    """Fills in the blanks of texts idx (B, T). A blank is the id vocab_size; each text has as many.
-    Returns B lists of token ids. The options are those of `generate`. Raises UserError if there are
-    no blanks, or too many, if a text is too long, and for beam search of masked tokens."""
+    """Fills in the blanks of texts idx (B, T): the ids vocab_size, equally many in each text.
+    Returns B lists of token ids. The options are those of `generate` but eot. Raises UserError if
+    there are no blanks, or too many, if a text is too long, and for beam search of masked tokens.
+    """
     texts = fill_parts(model, idx, max_new_tokens, decode, **options)
     return [[token for part in parts for token in part] for parts in texts]
 
@@ -398,7 +403,7 @@ def load(ckpt, device="cpu"):
 
 def few_rows(layer, x):
     """What an nn.Linear computes, (B, T, out), of x (B, T, C). For one token in each of up to 32
-    texts, (W @ x.T).T can be three times as fast as x @ W.T, and two rows faster than one."""
+    texts, (W @ x.T).T can be three times as fast as x @ W.T, and two texts faster than one."""
     B, T, _ = x.shape
     if T > 1 or B > 32:
         return F.linear(x, layer.weight, layer.bias)
@@ -422,7 +427,7 @@ DRAWING = ("top-k", "temperature", "nucleus")
 OPTIONS = {  # name: (type, least value, largest value, the decoders that use it, help)
     "max_new_tokens": (int, 1, 1_000_000, DECODERS, "tokens to add (default: 200)"),
     "num_samples": (int, 1, 1_000_000, DRAWING, "texts from one prompt, as one batch (default: 1)"),
-    "seed": (int, 0, 2**63, DRAWING, "of all that is drawn until the end (default: 1337)"),
+    "seed": (int, 0, 2**63, DRAWING, "of all random draws of this run (default: 1337)"),
     "temperature": (float, 0, 1000, DRAWING, "(default: 0.7 with --decode temperature, else 1)"),
     "top_k": (int, 0, 1_000_000, DRAWING, "tokens kept, 0: all (default: 50 with top-k, else 0)"),
     "top_p": (float, 0, 1, DRAWING, "probability kept (default: 0.95 with nucleus, else 1)"),
@@ -432,7 +437,8 @@ OPTIONS = {  # name: (type, least value, largest value, the decoders that use it
 
 
 def check_options(options, decoders):
-    """Raises UserError for an option, {name: value}, out of its range or that no decoder uses."""
+    """Raises UserError for an option, {name: value}, that is out of its range, or that none of
+    `decoders` uses."""
     for name, value in options.items():
         _, least, largest, users, _ = OPTIONS[name]
         option = f"--{name.replace('_', '-')}"
@@ -462,14 +468,13 @@ def read_prompt(args):
 
 
 def encode(prompt, tokenizer, blank):
-    """The token ids of a prompt, a list, with the id `blank` for each <blank>. It is encoded in
-    pieces, since tiktoken cannot encode a million letters or spaces at once."""
+    """The token ids of a prompt, a list, with the id `blank` for each <blank>. Special tokens are
+    plain text."""
     if tokenizer.name != "bytes":  # a space is part of the token after it, which fills the blank
         prompt = prompt.replace(f" {BLANK}", BLANK)
     ids = []
     for part in prompt.split(BLANK):
-        for piece in prepare_data.cut(part):
-            ids += tokenizer.encode_ordinary(piece)  # special tokens are plain text
+        ids += prepare_data.encode(tokenizer, part)
         ids.append(blank)
     return ids[:-1]
 
@@ -489,7 +494,7 @@ def printer(tokenizer):
 def answer(model, tokenizer, decoders, n_samples, options, prompt):
     """Prints what each of the decoders makes of a prompt, and its speed."""
     eot = tokenizer.eot_token
-    fills = not model.likelihood  # but continues a text
+    fills = not model.likelihood  # else it continues a text
     if fills != (BLANK in prompt):
         raise UserError(f"{BLANK} has to be in a prompt if the network fills blanks, and only then")
     ids = encode(prompt, tokenizer, model.cfg.vocab_size)
@@ -513,7 +518,7 @@ def answer(model, tokenizer, decoders, n_samples, options, prompt):
                 print(prompt, end="", flush=True)
                 more["callback"] = printer(tokenizer)
             new = generate(model, prompts, decode=decode, eot=eot, **more)  # (B, n)
-            # In parts, as `fill_parts` gives them. From its end on, a row has `eot` alone.
+            # In parts, as `fill_parts` gives them. A row that has ended is filled up with `eot`.
             texts = [[ids, [token for token in row if token != eot]] for row in new.tolist()]
             if new.size(1) < more["max_new_tokens"]:
                 note = ", end of text"
@@ -576,12 +581,12 @@ def make_parser():
     add = parser.add_argument
     add("--ckpt", help="a checkpoint (default: the newest under out/)")
     source = parser.add_mutually_exclusive_group()
-    source.add_argument("--prompt", help=f"the text to continue, or with {BLANK} in it")
+    source.add_argument("--prompt", help=f"the text to continue, or to fill in at {BLANK}")
     source.add_argument("--prompt-file", help="a UTF-8 text file with the prompt")
     add("--decode", choices=(*DECODERS, "all"), help="(default: nucleus; greedy for blanks)")
     for name, (kind, *_, text) in OPTIONS.items():
         add(f"--{name.replace('_', '-')}", type=kind, help=text, default=argparse.SUPPRESS)
-    add("--no-cache", action="store_true", help="slower; the same text in float32")
+    add("--no-cache", action="store_true", help="read the whole text for each token: slower")
     add("--device", default="auto", help="cpu, cuda, mps; auto: a CUDA GPU if there is one")
     dtypes = ("auto", "float32", "bfloat16", "float16")
     add("--dtype", choices=dtypes, default="auto", help="of the weights; auto: a fast one")
