@@ -82,9 +82,7 @@ def test_it_computes_what_plain_convolutions_do(ahead, length, eot):
 def test_n_layer_and_widths_set_the_blocks_and_the_width_of_each_level():
     """What makes no network is refused by name."""
     model = tiny(widths="1.5,2,2.5", n_layer="1,2,3,4,5,6,7")
-    sizes = []
-    for level in levels(model):
-        sizes.append((len(level.down), len(level.up), len(level.down[0].ln_1.weight)))
+    sizes = [(len(x.down), len(x.up), len(x.down[0].ln_1.weight)) for x in levels(model)]
     assert sizes == [(1, 7, 12), (2, 6, 18), (3, 5, 24), (4, 0, 30)]
     wrong = [("n_layer", n) for n in ("1,2,3", "1,2,2,two,2,2,1", "1,2,2,-2,2,2,1")]
     wrong += [("widths", n) for n in ("2,-4,8", "2,4", "1.25,4,8", "0.001,4,8")] + [("ahead", 2)]
@@ -119,18 +117,20 @@ def test_a_cache_gives_the_last_rows_of_the_text_so_far_however_it_is_cut_and_se
 @torch.no_grad()
 def test_a_cache_computes_each_level_no_more_often_than_its_groups_are_complete():
     """One ahead, at every 1st, 4th, 16th and 64th token. 64 ahead, another block costs one block,
-    and another token the whole text."""
+    and another token the whole text. Under autocast, what a level returns is in float32."""
     tokens = [[1] * n for n in (128, 32, 8, 2)]
     blocks = [[n, n, 3 * n, n] for n in (64, 16, 4, 1)]
     for ahead, pieces, expected in (1, [1] * 128, tokens), (64, [64, 64, 1, 64], blocks):
-        model, runs = tiny(ahead=ahead), []
+        model, runs = tiny(ahead=ahead).float(), []
         for level in levels(model):
             runs.append([])
-            level.register_forward_hook(lambda _, args, x, own=runs[-1]: own.append(x.size(1)))
+            level.register_forward_hook(lambda _, args, x, own=runs[-1]: own.append(x[0, :, 0]))
         cache = model.new_cache(1)
         for n in pieces:
-            model(torch.randint(50, (1, n)), cache=cache)
-        assert runs == expected
+            with torch.autocast("cpu", torch.bfloat16):
+                model(torch.randint(50, (1, n)), cache=cache)
+        assert [[len(x) for x in own] for own in runs] == expected
+        assert all(x.dtype == torch.float32 for own in runs for x in own)
 
 
 def test_the_expander_of_the_source_predicts_random_tokens_that_it_sees_and_ours_predicts_none():

@@ -252,12 +252,12 @@ def test_a_data_set_that_was_made_otherwise_is_kept_and_check_finds_damage():
         ("tokenizer bpe:300", "a.jsonl", "--tokenizer", "bytes"),
         (f"source {Path('a.jsonl').resolve()}", write("b.txt", PROSE), *first[1:]),
         ("field text", *first, "--field", "b"),
-        ("val_fraction 0.1", *first, "--val-fraction", 0.2),
+        ("val_fraction 0.1, shards None", *first, "--val-fraction", 0.2, "--shards", 1),
     ):
         assert f"out was made with {made}. Choose another folder" in error(*options)
         assert contents() == before
     for name in ("val.bin", "tokenizer.tiktoken", "meta.json"):
-        write(f"out/{name}", before[name][:-7])
+        write(f"out/{name}", before[name][1:-7])
         assert name in error("--check")
         write(f"out/{name}", before[name])
 

@@ -170,7 +170,7 @@ def test_two_processes_grow_as_one_with_equal_losses_around_each_switch(whole, d
 
 
 def test_a_wrong_option_is_refused_in_one_line_before_there_is_a_run(data, tmp_path):
-    for option in ("stages=0.5", "stages=a,b", "stages=-1,0.5", "n-layer=10", "stage=4"):
+    for option in ("stages=0.5", "stages=a,b", "stages=5,15", "n-layer=10", "stage=4"):
         line = refused(progressive.main, *argv(data, tmp_path / "run", *SMALL, f"--{option}"))
         assert option.split("=")[0].replace("-", "_") in line
     assert not (tmp_path / "run").exists()
