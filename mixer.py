@@ -166,7 +166,7 @@ class Block(nn.Module):
         self.ln_1 = nn.LayerNorm(cfg.n_embd)
         # A row of W adds up as many as block_size vectors. What these have in common adds up, too,
         # and hides what tells tokens apart. Adam makes it worse, since it moves the weights of a
-        # row together. Then only the frequencies of tokens are learned. So they begin small.
+        # row together. Then only the frequencies of tokens are learned. So x begins small here.
         nn.init.constant_(self.ln_1.weight, cfg.block_size**-0.5)
         self.mix = Mix(cfg)
         self.ln_2 = nn.LayerNorm(cfg.n_embd)
