@@ -218,7 +218,7 @@ class Level(nn.Module):
     def hourglass(self, x, caches):
         """One ahead. Group j is tokens 4j - 3 to 4j, so it is complete when token 4j is read. What
         the shorter levels make of it is added to tokens 4j to 4j + 3: so no token receives anything
-        from a later one. (At levels 1 and 2, a "token" is a vector of level 1 or 2.)
+        from a later one. (At levels 1 and 2, read "vector" for "token".)
 
             token      -3 -2 -1  0 | 1  2  3  4 | 5  6  7  8 |      -3 to -1 are vectors of zeros
             group           0      |     1      |     2      |
@@ -314,7 +314,7 @@ class Model(nn.Module):
             eot = self.cfg.eot % self.cfg.vocab_size  # -1 is the last id
             tokens = F.pad(tokens, (-tokens.size(1) % 64, 0), value=eot)
         positions = torch.arange(start, start + tokens.size(1), device=idx.device)
-        x = self.drop(self.wte(tokens) + self.wpe(positions))  # (B, T, C), or more than T
+        x = self.drop(self.wte(tokens) + self.wpe(positions))  # (B, T or more, C)
         x = self.level(x, caches)
         if cache is None:
             x = x[:, -T:]  # without the padding
@@ -611,7 +611,7 @@ def evaluate(model, tokens, eot, amp, stride=None):
     # Repeat the last window until all batches have one shape. A repeat has no new targets. Example:
     # n = 10, T = stride = 4, B = 2: starts are 0, 4, 6, 6, new_targets 4, 4, 2, 0.
     starts = np.pad(starts, (0, -len(starts) % B), mode="edge")
-    new_targets = np.diff(starts + T, prepend=0)  # for each window: how many are not scored before
+    new_targets = np.diff(starts + T, prepend=0)  # of each window: how many were not scored before
 
     model.eval()
     total = 0.0

@@ -455,7 +455,7 @@ def evaluate(model, tokens, eot, amp, stride=None):
     # Repeat the last window until all batches have one shape. A repeat has no new targets. Example:
     # n = 10, T = stride = 4, B = 2: starts are 0, 4, 6, 6, new_targets 4, 4, 2, 0.
     starts = np.pad(starts, (0, -len(starts) % B), mode="edge")
-    new_targets = np.diff(starts + T, prepend=0)  # for each window: how many are not scored before
+    new_targets = np.diff(starts + T, prepend=0)  # of each window: how many were not scored before
 
     model.eval()
     total = 0.0

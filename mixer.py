@@ -166,7 +166,8 @@ class Block(nn.Module):
         self.ln_1 = nn.LayerNorm(cfg.n_embd)
         # A row of W adds up as many as block_size vectors. What these have in common adds up, too,
         # and hides what tells tokens apart. Adam makes it worse, since it moves the weights of a
-        # row together. Then only the frequencies of tokens are learned. So x begins small here.
+        # row together. Then only the frequencies of tokens are learned. So what ln_1 gives begins
+        # small.
         nn.init.constant_(self.ln_1.weight, cfg.block_size**-0.5)
         self.mix = Mix(cfg)
         self.ln_2 = nn.LayerNorm(cfg.n_embd)
@@ -446,7 +447,7 @@ def evaluate(model, tokens, eot, amp, stride=None):
     # Repeat the last window until all batches have one shape. A repeat has no new targets. Example:
     # n = 10, T = stride = 4, B = 2: starts are 0, 4, 6, 6, new_targets 4, 4, 2, 0.
     starts = np.pad(starts, (0, -len(starts) % B), mode="edge")
-    new_targets = np.diff(starts + T, prepend=0)  # for each window: how many are not scored before
+    new_targets = np.diff(starts + T, prepend=0)  # of each window: how many were not scored before
 
     model.eval()
     total = 0.0

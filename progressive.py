@@ -374,7 +374,7 @@ def diverge(model, optimizer, cfg):
             if p.requires_grad and "lora" not in name:
                 state = optimizer.state[original[name]]
                 optimizer.state[p] = {key: value.clone() for key, value in state.items()}
-    for p in originals.parameters():
+    for p in originals.parameters():  # the optimizer forgets the old blocks
         optimizer.state.pop(p, None)
     optimizer.param_groups = configure_optimizer(model, cfg).param_groups
 
@@ -582,7 +582,7 @@ def evaluate(model, tokens, eot, amp, stride=None):
     # Repeat the last window until all batches have one shape. A repeat has no new targets. Example:
     # n = 10, T = stride = 4, B = 2: starts are 0, 4, 6, 6, new_targets 4, 4, 2, 0.
     starts = np.pad(starts, (0, -len(starts) % B), mode="edge")
-    new_targets = np.diff(starts + T, prepend=0)  # for each window: how many are not scored before
+    new_targets = np.diff(starts + T, prepend=0)  # of each window: how many were not scored before
 
     model.eval()
     total = 0.0

@@ -99,7 +99,7 @@ class Config:
     objective: str = "next"  # what is predicted: next, masked or spans; see the table above
     hide: float = 0.15  # share of the tokens that masked and spans hide, above 0 and below 1
     span_length: float = 3.0  # mean length of a hidden span, in tokens, at least 1
-    cross_kv: bool = True  # cross-attention has W^K and W^V; no: it reads the encoder's output
+    cross_kv: bool = True  # cross-attention has W^K and W^V; no: the encoder's output is K and V
     eot: int = -1  # id of the end of text (-1: the last id); training takes it from the data set
     # The run. These fields may change when a run is resumed.
     data: str = "data/stdlib"  # folder that prepare_data.py wrote
@@ -258,7 +258,7 @@ def positions(length, n_embd):
 def rotate(x, table):
     """Rotary positions (Su et al. 2021, arXiv 2104.09864, 3.2.2). Each pair of channels of x
     (B, nh, T, d_k) is turned by an angle that grows with the position; `table` (T, d_k) has the
-    sines and cosines. If a query and a key move by as many positions, their product is the same."""
+    sines and cosines. If a query and a key both move by n positions, their product is the same."""
     sin, cos = table[:, ::2], table[:, 1::2]  # (T, d_k / 2)
     x1, x2 = x[..., ::2], x[..., 1::2]  # (B, nh, T, d_k / 2)
     turned = torch.stack([x1 * cos - x2 * sin, x1 * sin + x2 * cos], -1)
@@ -856,7 +856,7 @@ def evaluate(model, tokens, eot, amp, stride=None):
     # Repeat the last window until all batches have one shape. A repeat has no new targets. Example:
     # n = 10, T = stride = 4, B = 2: starts are 0, 4, 6, 6, new_targets 4, 4, 2, 0.
     starts = np.pad(starts, (0, -len(starts) % B), mode="edge")
-    new_targets = np.diff(starts + T, prepend=0)  # for each window: how many are not scored before
+    new_targets = np.diff(starts + T, prepend=0)  # of each window: how many were not scored before
 
     model.eval()
     total = 0.0
