@@ -278,8 +278,8 @@ class Model(nn.Module):
             raise UserError(f"widths {widths} are not all multiples of n_head {cfg.n_head}")
         if cfg.ahead not in (1, 64):
             raise UserError(f"ahead {cfg.ahead} must be 1 or 64")
-        self.cfg = cfg
         self.ahead = cfg.ahead
+        self.cfg = cfg
         padded = math.ceil(cfg.vocab_size / 64) * 64  # matrix products of such a size are faster
         self.wte = nn.Embedding(padded, cfg.n_embd)
         self.wpe = nn.Embedding(math.ceil(cfg.block_size / 64) * 64, cfg.n_embd)  # whole blocks
@@ -296,6 +296,14 @@ class Model(nn.Module):
                 nn.init.normal_(p, std=std)
             elif "bias" in name:
                 nn.init.zeros_(p)
+        # At first, `compress` takes the mean of four vectors, and `expand` copies one four times.
+        # With random weights, a token would look different at each of 64 positions. Then only the
+        # frequencies of tokens were learned, 64 ahead.
+        level = self.level
+        for C, C2 in zip(widths, widths[1:]):
+            level.compress.weight.data = torch.eye(C2, C).repeat(1, 4) / 4  # (C', 4 C)
+            level.expand.weight.data = torch.eye(C, C2).repeat(4, 1)  # (4 C, C')
+            level = level.inner
 
     def forward(self, idx, targets=None, cache=None):
         T = idx.size(1)

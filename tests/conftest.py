@@ -1,5 +1,4 @@
-"""What several test files need: model files, a small data set, tiny runs, and processes that can be
-killed."""
+"""What several test files need: model files, a small data set, tiny runs, processes to kill."""
 
 import csv
 import importlib
@@ -81,8 +80,7 @@ def refused(main, *options):
 
 
 def run(*args, expect=0):
-    """Runs `python ARGS...` in the repository, as a user does; returns its stdout, or stderr if it
-    should fail."""
+    """Runs `python ARGS...` as a user does; returns its stdout, or stderr if it should fail."""
     command = [sys.executable, *map(str, args)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
     assert done.returncode == expect, done.stdout + done.stderr
@@ -90,8 +88,7 @@ def run(*args, expect=0):
 
 
 def in_child(name, options, log, pause, file_limit, env):
-    """In a process of its own: main(options) of a file, on a disk as slow as `pause` and as small
-    as `file_limit`."""
+    """main(options) of a file, on a disk as slow as `pause` and as small as `file_limit`."""
     os.environ.update({key: str(value) for key, value in env.items()})
     signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.stdout = sys.stderr = open(log, "a", encoding="utf-8", buffering=1)
@@ -108,8 +105,7 @@ forks.set_forkserver_preload(["torch._dynamo", "tiktoken"])  # imported once, no
 
 
 def start(name, *options, log, pause=0.0, file_limit=0, **env):
-    """Starts main(options) of a file in another process, which can be killed. Its output goes to
-    the file `log`."""
+    """Starts main(options) of a file in a process that can be killed. It prints to `log`."""
     log.touch()
     arguments = (name, options, log, pause, file_limit, env)
     child = forks.Process(target=in_child, args=arguments, daemon=True)

@@ -1,5 +1,4 @@
-"""mixer.py computes what its formulas say, in every form: no position reads a later one, with or
-without a cache, and everything up to the position itself is learned."""
+"""mixer.py computes what its formulas say, in every form, with or without a cache."""
 
 import pytest
 import torch

@@ -1,5 +1,4 @@
-"""The training section, which is the same in all model files: it learns, logs, saves, resumes,
-evaluates, survives kills and full disks, and says in one line what is wrong."""
+"""The training section: it learns, logs, evaluates, resumes, survives kills, says what is wrong."""
 
 import functools
 import math
@@ -267,8 +266,7 @@ def test_a_file_is_on_the_disk_before_it_takes_its_name(tmp_path, monkeypatch):
 
 
 def test_the_first_ctrl_c_is_noted_and_the_second_ends_a_run(again, monkeypatch, capfd):
-    """The handler does not print: a signal may come in the middle of another print, and a buffer
-    cannot be entered twice. A final evaluation ends at the first."""
+    """Not print: a signal may come in the middle of one. A final evaluation ends at the first."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # as a terminal has it
     with monkeypatch.context() as patch, gpt2.catch_signals() as caught:
         patch.setattr("builtins.print", None)
