@@ -19,8 +19,8 @@ is a Conv1d with kernel size 4 and stride 4. `expand` turns one into four: Linea
     every 4th, every 16th and every 64th.
 --ahead 64, the default, is the source's objective: row i scores token i + 64. Whole blocks of 64
     tokens are read, and the 64 tokens of the next block are predicted at once, each by itself.
-    There is no shift and no skip connection. What it learns is how often each token occurs, and
-    hardly more: see results/conv_attention.md.
+    There is no shift and no skip connection. It learns little more than which tokens are frequent
+    in a text: see results/conv_attention.md.
 
 Source: github.com/swortaljuju/lmsmall, "Convolution Attention Model". Its expander is a convolution
 whose channels are the positions of the sequence, so each row sees the whole window, most of the
