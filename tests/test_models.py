@@ -107,7 +107,7 @@ def test_training_begins_with_small_weights_and_a_loss_near_ln_v(name):
     n_layer = 12 if name == "progressive" else n_blocks  # there, layers share blocks
     for key, p in model.named_parameters():
         variance = 0.02**2 / (2 * n_layer) if "c_proj" in key else 0.02**2
-        if key.endswith("bias") or p.numel() > 1000:
+        if key.endswith("bias") or p.numel() > 1000 and "press" not in key and "expand" not in key:
             assert p.square().mean().item() == pytest.approx(variance * (p.dim() > 1), 0.15), key
 
 
