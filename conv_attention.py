@@ -298,11 +298,11 @@ class Model(nn.Module):
                 nn.init.zeros_(p)
         # At first, `compress` takes the mean of four vectors, and `expand` copies one four times.
         # With random weights, a token would look different at each of 64 positions. Then only the
-        # frequencies of tokens were learned, 64 ahead.
+        # frequencies of tokens were learned, 64 ahead. Channels that only one side has begin at 0.
         level = self.level
         for C, C2 in zip(widths, widths[1:]):
-            level.compress.weight.data = torch.eye(C2, C).repeat(1, 4) / 4  # (C', 4 C)
-            level.expand.weight.data = torch.eye(C, C2).repeat(4, 1)  # (4 C, C')
+            level.compress.weight.data = torch.eye(C2, C).repeat(1, 4) / 4  # (C2, 4 C)
+            level.expand.weight.data = torch.eye(C, C2).repeat(4, 1)  # (4 C, C2)
             level = level.inner
 
     def forward(self, idx, targets=None, cache=None):

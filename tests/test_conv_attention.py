@@ -50,7 +50,7 @@ def plain_level(level, x, ahead):
         x = block(x)
     if level.depth < 3:
         C2 = level.compress.out_features
-        y = level.ln_c(F.pad(x, (0, 0, 3 * (ahead == 1), 0))).transpose(1, 2)  # (B, C, shift + T)
+        y = level.ln_c(F.pad(x, (0, 0, 3 * (ahead == 1), 0))).transpose(1, 2)  # (B, C, T or T + 3)
         kernel = level.compress.weight.view(C2, 4, C).transpose(1, 2)
         y = F.conv1d(y, kernel, level.compress.bias, stride=4).transpose(1, 2)
         y = level.ln_e(plain_level(level.inner, y, ahead)).transpose(1, 2)
