@@ -30,6 +30,7 @@ RUNS = {
 }
 RECALL = "--data data/named --device cpu --block-size 128 --batch-size 32 --micro-batch 32"
 RECALL_STEPS = (1000, 4000)
+RECALL_RATES = (1e-3, 2e-3, 4e-3)
 BACK = [4, 8, 16, 32, 64]
 
 
@@ -136,10 +137,10 @@ def draw_ahead(figure):
 def draw_recall(figure):
     """Prints and draws the share of values read before that each model names, which depend on the
     name and on the text. Each model has the best of three learning rates after 1,000 steps."""
-    models = {name: model for name, model in compare.MODELS.items() if "," not in name}
+    models = {name: options for name, (options, _) in compare.MODELS.items() if "," not in name}
 
     def command(_, name, steps, rate):
-        options = f"{models[name][0]} {RECALL} --warmup-steps 100 --eval-interval {steps}"
+        options = f"{models[name]} {RECALL} --warmup-steps 100 --eval-interval {steps}"
         return f"{options} --max-steps {steps} --learning-rate {rate:g}"
 
     def measure(pairs):
@@ -148,8 +149,7 @@ def draw_recall(figure):
         return {pair: final(trained[settings[pair]], "nats per token") for pair in pairs}
 
     write_tokens("named", 288, named)
-    rates = {name: [rate / 4, rate / 2, rate] for name, (_, rate) in models.items()}
-    best = best_rates(rates, measure, widen=False)
+    best = best_rates(dict.fromkeys(models, RECALL_RATES), measure, widen=False)
     train_all(FOLDER, [("recall", name, RECALL_STEPS[1], best[name]) for name in models], command)
     tokens, back = map(torch.from_numpy, named(np.random.default_rng(0), 512, 128))
     back = back[:, 1:]
