@@ -97,7 +97,8 @@ class UserError(ValueError):
 
 
 def train_bpe(words, vocab_size):
-    """Learns byte-pair merges from word counts.
+    """Learns byte-pair merges from word counts. At first, each byte is a token. Then, again and
+    again, the pair of neighbours that is most frequent in the text becomes one new token.
 
     words: dict of str to int, the words that SPLIT_PATTERN makes and how often each occurs.
     vocab_size: number of ids, 256 bytes and end of text included. Returns a list of bytes, the
@@ -494,7 +495,7 @@ def split_text(path, separator):
     """Yields what stands between the separators in a text file."""
     text = ""
     for block in read_blocks(path):
-        seen = max(0, len(text) - len(separator))
+        seen = max(0, len(text) - len(separator))  # a separator may begin in the block before
         text += block
         if separator in text[seen:]:
             *parts, text = text.split(separator)  # the last part may go on in the next block
@@ -509,7 +510,7 @@ def read_documents(path, notes):
     end = ""
     for block in read_blocks(path, notes):
         separated |= EOT in end + block
-        end = block[-len(EOT) :]
+        end = block[-len(EOT) :]  # EOT may begin in this block and end in the next
     if separated and kind(path) != ".py":
         texts = map(str.strip, split_text(path, EOT))
         yield from filter(None, texts)
@@ -543,7 +544,7 @@ def read_parquet(path, fields):
 def read_json(path):
     """Yields the rows of a .jsonl file, one in each line, or of a .json file, which may also be one
     array of rows."""
-    is_array = kind(path) == ".json" and next(read_blocks(path), "").startswith("[")
+    is_array = kind(path) == ".json" and next(read_blocks(path), "").lstrip().startswith("[")
     texts = ["".join(read_blocks(path))] if is_array else split_text(path, "\n")
     for number, text in enumerate(texts, 1):
         if not text.strip():

@@ -72,7 +72,7 @@ class Config:
     data: str = "data/stdlib"  # folder that prepare_data.py wrote
     out: str = f"out/{Path(__file__).stem}"  # folder for ckpt.pt, best.pt and log.csv
     stages: str = "0.05,0.15"  # fractions of max_steps at which stages 2 and 3 begin; 1: never
-    export: str = ""  # file that gets the finished model, as a checkpoint of gpt2.py
+    export: str = ""  # at the end of training, write the model there as a checkpoint of gpt2.py
     device: str = "auto"  # cpu, cuda, cuda:1, mps; auto: a CUDA GPU if there is one
     dtype: str = "auto"  # float32, or bfloat16 or float16 (autocast); auto: a fast one
     compile: bool | None = None  # torch.compile; None: on NVIDIA's GPUs since 2017, under Linux
@@ -117,7 +117,12 @@ class LoRALinear(nn.Linear):
 
 
 class Attention(nn.Module):
-    """Causal multi-head self-attention (Vaswani et al. 2017, section 3.2)."""
+    """Causal multi-head self-attention (Vaswani et al. 2017, section 3.2).
+
+    Each position makes three vectors: a query, a key and a value. Its query is compared with the
+    keys of all positions up to itself. The result is a mean of their values, in which a value
+    counts more if its key is like the query. Each head does this with vectors of its own.
+    """
 
     def __init__(self, cfg):
         super().__init__()
@@ -224,7 +229,7 @@ class Model(nn.Module):
         for name, p in self.named_parameters():
             if p.dim() >= 2 and "lora" not in name:  # LoRALinear has set A and B
                 std = 0.02
-                if "c_proj" in name:  # its output is one of 2 n_layer that are added to x
+                if "c_proj" in name:  # 2 n_layer outputs are added to x: each starts smaller
                     std /= math.sqrt(2 * cfg.n_layer)
                 nn.init.normal_(p, std=std)
             elif "bias" in name:
@@ -284,7 +289,7 @@ class Cache:
     def rearrange(self, x, rows):
         """Returns keys or values x (n_layer, B, nh, block_size, hs) with text rows[i] as text i.
         Beam search asks for this at every step, but few texts move then. Only these are copied, and
-        only the positions that are filled."""
+        only the positions that are filled; x itself is changed if the number of texts stays."""
         n_layer, B, *sizes = x.shape
         new = x if len(rows) == B else x.new_empty(n_layer, len(rows), *sizes)
         copies = {
@@ -461,7 +466,7 @@ class LinearCrossEntropy(torch.autograd.Function):
 
     The gradient with respect to a row of logits is (softmax(logits) - one_hot(target)) / number of
     rows. It is known as soon as the logits are. So forward computes all gradients, and keeps no
-    logits.
+    logits. In loss.backward(), torch calls backward, which finds in ctx what forward has saved.
     """
 
     @staticmethod
@@ -483,9 +488,9 @@ class LinearCrossEntropy(torch.autograd.Function):
             part = x[rows].to(dtype)  # (n, C), where n < chunk in the last chunk
             logits, p = logits[: len(part)], p[: len(part)]
             torch.addmm(bias.to(dtype), part, w.T, out=logits)
-            torch.softmax(p.copy_(logits), dim=1, out=p)
+            torch.softmax(p.copy_(logits), dim=1, out=p)  # in place
             p_target = p.gather(1, targets[rows])  # (n, 1)
-            loss -= p_target.clamp(min=2e-38).log().sum()  # at most 86.8 nats a row
+            loss -= p_target.clamp(min=2e-38).log().sum()  # not log(0): at most 86.8 nats
             if need_grad:
                 p.scatter_(1, targets[rows], p_target - 1)  # softmax - one_hot
                 grad = logits.copy_(p)  # (n, V), in `dtype`
@@ -499,6 +504,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         factor = grad / len(ctx.saved_tensors[0])  # N rows
+        # One gradient for each argument of forward: none for targets and need_grad.
         return *(t.mul_(factor) for t in ctx.saved_tensors), None, None
 
 
@@ -513,7 +519,7 @@ def linear_cross_entropy(x, weight, targets, vocab_size, bias=None):
     largest one of a step: for 8 x 2,048 tokens and 50,257 ids, it and its gradient need 6.6 GB.
 
     x (B, T, C), weight (V, C), bias (V); targets (B, T), where -1 does not count. Rows of weight
-    from vocab_size on are padding.
+    from vocab_size on are padding. Weights in 16 bits would lose digits in the sum of the losses.
     """
     bias = weight.new_zeros(len(weight)) if bias is None else bias.clone()
     bias[vocab_size:] = -math.inf  # so that the padding has probability 0
@@ -543,9 +549,9 @@ def open_data(data):
     splits = {}
     for split, counts in meta["splits"].items():
         file = path / f"{split}.bin"
-        splits[split] = np.memmap(file, dtype="<u2", mode="r")  # little-endian uint16
-        if len(splits[split]) != counts["tokens"]:
+        if file.stat().st_size != 2 * counts["tokens"]:
             raise UserError(f"{file} has not the length that meta.json says: prepare it again")
+        splits[split] = np.memmap(file, dtype="<u2", mode="r")  # little-endian uint16
     return meta, tokenizer, splits
 
 
@@ -700,7 +706,7 @@ def choose_device(device="auto", dtype="auto"):
 
 
 # Integers that may be 0. On the command line, other integers are at least 1, and floats at least 0,
-# unless their default is less.
+# unless their default is less. (lora_rank is an option of progressive.py.)
 MAY_BE_ZERO = ("seed", "max_steps", "warmup_steps", "lora_rank")
 
 
@@ -723,7 +729,7 @@ def make_parser():
     add = parser.add_argument
     add("--preset", choices=PRESETS, help="a named size with its training")
     add("--eval-only", action="store_true", help="evaluate --init-from, or ckpt.pt in --out")
-    add("--split", default="val", help="what is evaluated at the end: train, val or test")
+    add("--split", default="val", help="evaluated at the end, if it exists: train, val or test")
     add("--stride", type=at_least(1, int), help="at the end: each window scores STRIDE targets")
     start = parser.add_mutually_exclusive_group()
     start.add_argument("--resume", action="store_true", help="continue the run in --out")
@@ -993,7 +999,7 @@ def train(cfg, options, ckpt):
                 save("ckpt.pt")
 
     if not options.eval_only:
-        grow(model, optimizer, cfg, step)
+        grow(model, optimizer, cfg, step)  # progressive.py writes its --export here
         name = "ckpt.pt"
         if best < math.inf:
             name = "best.pt"

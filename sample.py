@@ -36,8 +36,8 @@ import time
 from itertools import takewhile
 from pathlib import Path
 
-# On Linux, a waiting thread keeps its core busy. If one other program is busy, training becomes up
-# to 30 times slower. With this setting, it sleeps after 1,000 tries (4% slower on an idle machine).
+# As in the model files: on Linux, a waiting thread keeps its core busy, which is slow if another
+# program is busy, too. With this setting, it sleeps after 1,000 tries.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import torch
@@ -114,6 +114,7 @@ def draw_from_nucleus(probs, ids, top_p, generator):
     outside = torch.ones_like(ids[:, :1], dtype=torch.bool)  # (B, 1): the rows that have to draw
     drawn = torch.zeros_like(ids[:, :1])  # (B, 1), positions in ids
     while outside.any():
+        # u is uniform: token i is drawn if u times the sum lies between cdf[i - 1] and cdf[i].
         cdf = probs.cumsum(-1)
         u = torch.rand(outside.shape, generator=generator, device=cdf.device)
         new = torch.searchsorted(cdf, u * cdf[:, -1:], right=True)
@@ -255,6 +256,7 @@ def beam_search(model, idx, max_new_tokens, width, length_penalty, eot, use_cach
         # `width` of them end, `width` remain. Choosing within each hypothesis first is faster.
         logits = context.logits()  # (B * width, V)
         likely, ids = logits.topk(min(2 * width, logits.size(-1)))  # (B * width, k)
+        # The log-probability of a longer text is the sum of those of its tokens.
         longer = logp.view(-1, 1) + likely - logits.logsumexp(-1, keepdim=True)
         candidates, place = longer.view(B, -1).topk(2 * width)  # (B, 2 width), the best first
         rows = first_row + place // likely.size(1)  # the hypotheses that they continue
@@ -287,8 +289,10 @@ BLANK = "<blank>"  # in a prompt: one token (masked), or a text of any length (s
 
 def fill(model, idx, max_new_tokens=200, decode="greedy", **options):
     """Fills in the blanks of texts idx (B, T): the ids vocab_size, equally many in each text.
-    Returns B lists of token ids. The options are those of `generate` but eot. Raises UserError if
-    there are no blanks, or too many, if a text is too long, and for beam search of masked tokens.
+    Returns B lists of token ids. The options are those of `generate` but eot, and for masked tokens
+    only those that choose a token. A text and the spans for it share block_size tokens: spans that
+    do not fit are cut. Raises UserError if there are no blanks, or too many, if a text is too long,
+    and for beam search of masked tokens.
     """
     texts = fill_parts(model, idx, max_new_tokens, decode, **options)
     return [[token for part in parts for token in part] for parts in texts]
@@ -312,6 +316,7 @@ def fill_parts(model, idx, max_new_tokens, decode, **options):
     filled = []
     for text, new in zip(idx.tolist(), written.tolist()):
         # By turns: what stands in the text up to a blank, and what was written up to a sentinel.
+        # takewhile also consumes the token that it stops at. The last turn of `new` fills no blank.
         turns = (iter(text), iter(new)) * (n[0] + 1)
         parts = [list(takewhile(lambda token: token < blank, tokens)) for tokens in turns]
         filled.append(parts[:-1])

@@ -159,7 +159,7 @@ FOUND = [  # a file, what it holds, its documents
 ]
 for encoding in ("UTF-8", "UTF-16-LE", "UTF-16-BE"):  # a byte order mark is no text
     FOUND.append(("a.txt", f"\ufeff{UNICODE}".encode(encoding), [UNICODE]))
-    FOUND.append(("a.json", '\ufeff[{"text": "é🙂"}]'.encode(encoding), ["é🙂"]))
+    FOUND.append(("a.json", '\ufeff\n[{"text": "é🙂"}]'.encode(encoding), ["é🙂"]))
 
 
 @pytest.mark.parametrize("name, content, documents", FOUND)

@@ -311,7 +311,7 @@ def test_what_cannot_be_done_is_one_line_and_leaves_nothing_behind(again, data, 
     new, notes = tmp_path / "new", tmp_path / "my notes.txt"
     notes.write_text("some text", encoding="utf-8")
     short, bare = (shutil.copytree(data, tmp_path / name) for name in ("short", "bare"))
-    (short / "train.bin").write_bytes(bytes(100))
+    (short / "train.bin").write_bytes(bytes(101))
     (bare / "tokenizer.tiktoken").unlink()
     n = (data / "train.bin").stat().st_size // 2
     for options, expected in (
