@@ -92,12 +92,10 @@ class Config:
 
 
 class Attention(nn.Module):
-    """Causal multi-head self-attention (Vaswani et al. 2017, section 3.2).
-
-    Each position makes three vectors: a query, a key and a value. Its query is compared with the
-    keys of all positions up to itself. The result is a mean of their values, in which a value
-    counts more if its key is like the query. Each head does this with vectors of its own.
-    """
+    """Causal multi-head self-attention (Vaswani et al. 2017, section 3.2). A position makes three
+    vectors: a query, a key and a value. Its query is compared with the keys of all positions up to
+    itself. The result is a mean of their values, in which a value counts more if its key is like
+    the query. Each head does this with vectors of its own."""
 
     def __init__(self, cfg):
         super().__init__()
