@@ -44,8 +44,8 @@ not count all pairs again after each merge: it updates the counts that the merge
                    gpt2-large (3.2 GB) and gpt2-xl (6.4 GB)
 
 The first two need no network; openwebmath, openwebtext, fineweb-edu and other Parquet files need
-pyarrow. A tenth of a text is for validation: documents that a hash of their text selects or, where
-documents are few, the end of the last ones. wikitext2 and tinystories have files for it. Of the
+pyarrow. A tenth of a text is for validation: documents that are selected by a hash or, if documents
+are few, the end of the text. wikitext2 and tinystories have files for it. Of the
 last four data sets it is less, so that it has some ten million tokens with all of their files:
 0.007 of maths-college, 0.0007 of openwebmath, 0.001 of the other two.
 """
